@@ -1,0 +1,57 @@
+# Verbs: demo, test, bench, readme, mutants, native, lint. Everything lives in .venv; nothing is installed elsewhere.
+PYTHON ?= python3
+PY := .venv/bin/python
+export PIP_REQUIRE_VIRTUALENV = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+
+.PHONY: demo test bench readme mutants native lint clean
+
+.venv/requirements: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	@touch $@
+
+.venv/installed: .venv/requirements $(SOURCES)
+	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+.venv/native: .venv/installed csrc/native.cpp
+	FSS_KERNELS_BUILD=native $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+native: .venv/native
+
+# The main job: what runs here, is it right, how fast is it; then report/index.html.
+demo: .venv/installed .venv/native
+	$(PY) -m fss_kernels info
+	$(PY) -m fss_kernels verify
+	$(PY) -m benchmarks run --quick --out report/results.json
+	$(PY) -m benchmarks report report/results.json --out report/index.html
+
+# Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
+test: .venv/installed .venv/native
+	$(PY) -m pytest
+	set -e; for isa in $$($(PY) -m fss_kernels isas); do \
+	  echo "== CPU kernels for $$isa"; \
+	  FSS_KERNELS_CPU_ISA=$$isa $(PY) -m pytest tests/test_numerics.py tests/test_determinism.py tests/ops; \
+	done
+	$(PY) -m pytest tests/isolated
+
+bench: .venv/installed .venv/native
+	$(PY) -m benchmarks run
+	$(PY) -m benchmarks check
+
+readme: .venv/installed
+	$(PY) -m benchmarks readme
+
+mutants: .venv/installed
+	$(PY) tests/mutants/run.py
+
+lint: .venv/installed
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	$(PY) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh') || \
+	  .venv/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:
+	rm -rf .venv build report *.egg-info fss_kernels/*.so fss_kernels/_build_info.json

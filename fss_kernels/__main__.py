@@ -1,0 +1,91 @@
+"""``fss-kernels info | verify``: what runs on this machine, and whether it is right."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import fss_kernels
+from fss_kernels import _library, testing
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def info(console: Console) -> int:
+    """Prints versions, the op x backend table and the reason for every backend that cannot run."""
+    console.print(f"fss_kernels {fss_kernels.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}")
+    console.print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", end="")
+    console.print(f", CPU kernels for {_library.cpu_isa()}" if _library.cpu_isa() else "")
+    table = Table("op", "device", "default", *_library.BACKENDS)
+    for op in _library.ops.values():
+        for device in _devices():
+            marks = ["yes" if op.why_not(b, device) is None else "no" for b in _library.BACKENDS]
+            table.add_row(op.name, device, op.default_backend(device), *marks)
+    console.print(table)
+    for op in _library.ops.values():
+        for device in _devices():
+            for backend in _library.BACKENDS:
+                if (reason := op.why_not(backend, device)) is not None:
+                    console.print(f"{op.name} on {device}, {backend}: {reason}", soft_wrap=True)
+    return 0
+
+
+def verify(console: Console) -> int:
+    """Compares every op, backend, dtype and layout with float64, forward and gradients; 1 when anything fails."""
+    table = Table("op", "backend", "dtype", "layout", "cases", "observed / allowed error", "")
+    failures: list[str] = []
+    rows = [
+        (spec, device, backend, dtype, layout)
+        for spec in testing.specs().values()
+        for device in _devices()
+        for backend in testing.backends(spec.op, device)
+        for dtype in testing.DTYPES
+        if device == "cpu" or dtype != torch.float64
+        for layout in testing.LAYOUTS
+    ]
+    with Progress(console=console, transient=True) as progress:
+        for spec, device, backend, dtype, layout in progress.track(rows, description="verify"):
+            results = [
+                (name, comparison)
+                for sample in testing.cases(spec, layout)
+                for name, comparison in testing.evaluate(spec, sample, backend, dtype, layout, device)
+            ]
+            wrong = [c.message for _, c in results if not c.passed]
+            names = dict.fromkeys("output" if n.startswith("output") else n for n, _ in results)
+            parts = {n: [c for name, c in results if name.startswith(n)] for n in names}
+            where = f"{spec.name} {backend} {dtype} {layout}"
+            # a part without cases, or one that never differs from the oracle, tests nothing
+            wrong += [f"{where} {n}: only exact zeros" for n, part in parts.items() if all(c.exact for c in part)]
+            expected = {"output", *(f"grad_{name}" for name in spec.differentiable)}
+            wrong += [f"{where} {n}: 0 cases" for n in expected - set(parts)]
+            ratios = ", ".join(f"{n} {max(c.ratio for c in part):.2f}" for n, part in parts.items())
+            state = "[red]FAILED[/red]" if wrong else "ok"
+            table.add_row(spec.name, backend, str(dtype).removeprefix("torch."), layout, str(len(results)), ratios, state)
+            failures += wrong
+    console.print(table)
+    for message in failures:
+        console.print(message, markup=False, soft_wrap=True)
+    console.print(f"verify: {len(rows)} rows, " + (f"{len(failures)} failures" if failures else "all within bounds"))
+    return 1 if failures or not rows else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``fss-kernels`` command."""
+    parser = argparse.ArgumentParser(prog="fss-kernels", description=__doc__)
+    parser.add_argument("command", choices=["info", "verify"], help="show backends, or check numerics on this machine")
+    command = parser.parse_args(arguments).command
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    return {"info": info, "verify": verify}[command](console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The autograd pair of an op: first derivatives by its backward op, second derivatives by a plain PyTorch formula."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from fss_kernels import _library
+
+_ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+
+
+def _zeros_for_none(values: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)]
+
+
+def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns ``call(*tensors, *options) -> outputs`` that records the op for autograd only when something needs it.
+
+    ``formula(*tensors, *saved, *options)`` is the op's differentiable outputs (a tensor, or a tuple when there are
+    several) in plain PyTorch. Its vector-Jacobian product, differentiated, is the backward of the backward.
+    """
+    n_in, n_out = op.tensors, op.outputs
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op.bwd(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            tensors = [a for a in inputs if isinstance(a, torch.Tensor)]
+            ctx.rest = inputs[len(tensors) :]
+            ctx.save_for_backward(*tensors)
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grad_grads: torch.Tensor | None) -> Any:
+            saved = ctx.saved_tensors
+            grads, tensors, statistics = saved[:n_out], saved[n_out : n_out + n_in], saved[n_out + n_in :]
+            options, needs = ctx.rest[:-n_in], ctx.rest[-n_in:]
+            wanted = [i for i in range(n_in) if needs[i]]
+            free = [i for i in range(n_in) if tensors[i].is_floating_point()]
+
+            def gradients(*values: torch.Tensor) -> Any:
+                given, differentiated = values[:n_out], list(tensors)
+                for i, value in zip(free, values[n_out:], strict=True):
+                    differentiated[i] = value
+
+                def outputs_of(*chosen: torch.Tensor) -> Any:
+                    arguments = list(differentiated)
+                    for i, value in zip(wanted, chosen, strict=True):
+                        arguments[i] = value
+                    return formula(*arguments, *statistics, *options)
+
+                _, vjp = torch.func.vjp(outputs_of, *(differentiated[i] for i in wanted))
+                return vjp(given[0] if n_out == 1 else tuple(given))
+
+            results, vjp = torch.func.vjp(gradients, *grads, *(tensors[i] for i in free))
+            second = vjp(tuple(_zeros_for_none([grad_grads[i] for i in wanted], results)))
+            by_tensor = dict(zip(free, second[n_out:], strict=True))
+            return (
+                *second[:n_out],
+                *(by_tensor.get(i) for i in range(n_in)),
+                *(None for _ in range(len(statistics) + len(ctx.rest))),
+            )
+
+    class Forward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op.fwd(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.options = inputs[n_in:]
+            ctx.backend = None if torch.compiler.is_compiling() else _library.forced_backend()
+            ctx.save_for_backward(*inputs[:n_in], *output)
+            ctx.mark_non_differentiable(*output[n_out:])
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            tensors = ctx.saved_tensors[:n_in]
+            results = ctx.saved_tensors[n_in : n_in + n_out]
+            saved = ctx.saved_tensors[n_in + n_out :]
+            needs = tuple(ctx.needs_input_grad[:n_in])
+            arguments = (*_zeros_for_none(grads[:n_out], results), *tensors, *saved, *ctx.options, *needs)
+            if ctx.backend is None:
+                gradients = Backward.apply(*arguments)
+            else:  # the autograd engine may run this in a thread that does not see the caller's use_backend
+                with _library.use_backend(ctx.backend):
+                    gradients = Backward.apply(*arguments)
+            return (
+                *(g if need else None for g, need in zip(gradients, needs, strict=True)),
+                *(None for _ in ctx.options),
+            )
+
+    for function in (Forward, Backward):
+        function.__name__ = function.__qualname__ = f"{op.name}_{function.__name__}"
+        # Function.apply binds the signature of `forward` on every call; a cached one saves 4 us.
+        function.forward.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
+    op.register_autograd(Forward.backward, Forward.setup_context)
+
+    def call(*args: Any) -> Any:
+        recorded = (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in args[:n_in]))
+        )
+        if recorded:
+            results = Forward.apply(*args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # the raw op's own autograd rule would cost 6 us
+                results = op.fwd(*args)
+        return results[0] if n_out == 1 else results[:n_out]
+
+    return call

@@ -1,0 +1,69 @@
+"""Argument validation shared by the ops: errors name the op, the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MASK_DTYPES = (*FEATURE_DTYPES, torch.bool, torch.uint8)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(op: str, name: str, value: Any, shapes: dict[int, str], dtypes: Sequence[torch.dtype]) -> None:
+    """A tensor of one of ``dtypes`` and of a rank in ``shapes`` (rank -> what to print)."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must have dtype {_names(dtypes)}, got {_names([value.dtype])}")
+    if value.ndim not in shapes:
+        raise ValueError(f"{op}: {name} must have shape {' or '.join(shapes.values())}, got {tuple(value.shape)}")
+
+
+def not_empty(op: str, name: str, value: torch.Tensor, dims: slice, what: str) -> None:
+    """The given dimensions have at least one element."""
+    if 0 in value.shape[dims]:
+        raise ValueError(f"{op}: {name} has no {what}, got shape {tuple(value.shape)}")
+
+
+def same_batch(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors have the same first dimension."""
+    if value.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{op}: {name} must have the batch size of {other_name}, {other.shape[0]}, got {value.shape[0]}"
+        )
+
+
+def same_device(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors are on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def non_negative(op: str, name: str, value: Any) -> float:
+    """A finite number >= 0, as float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
+    return float(value)
+
+
+def one_of(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
+    """One of the strings in ``choices``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{op}: {name} must be a string, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def boolean(op: str, name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")

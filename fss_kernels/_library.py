@@ -1,0 +1,193 @@
+"""The op namespaces, the compiled libraries and the choice of a backend.
+
+Every op is defined here twice from one schema: ``fss::<name>`` is what programs call and trace, ``fss_cpp::<name>`` is
+what the compiled libraries implement. The implementation of ``fss::<name>`` picks a backend at run time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+_COMPILED = {"cpp": ("_fss_cpu.so", "cpu"), "cuda": ("_fss_cuda.so", "cuda")}
+
+_fss = torch.library.Library("fss", "DEF")
+_fss_cpp = torch.library.Library("fss_cpp", "FRAGMENT")
+
+ops: dict[str, Op] = {}
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fss_kernels_backend", default=None)
+
+
+def build_info() -> dict[str, Any]:
+    """What the installation recorded of its build: a message for each compiled library that was left out."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _load(library: str) -> str | None:
+    """Loads a compiled library; returns why it is missing, or None."""
+    path = Path(__file__).with_name(library)
+    if not path.exists():
+        return build_info().get(library, f"{library} was not built (reinstall with a compiler)")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{library} does not load: {error.__cause__ or error}"
+    return None
+
+
+# backend -> why it cannot run here; absent when it can.
+unavailable: dict[str, str] = {}
+for _backend, (_file, _) in _COMPILED.items():
+    if (_reason := _load(_file)) is not None:
+        unavailable[_backend] = _reason
+if "cuda" not in unavailable and not torch.cuda.is_available():
+    unavailable["cuda"] = "compiled, but PyTorch sees no CUDA device"
+unavailable["triton"] = "no Triton kernels in this version"
+
+
+@dataclass
+class Backend:
+    """One implementation of an op on some device types (None: any)."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    devices: tuple[str, ...] | None = None
+
+
+@dataclass
+class Op:
+    """A forward and a backward torch op with one schema each, and the backends that implement them.
+
+    ``forward(*tensors, *options) -> (*outputs, *saved)``: ``saved`` are small statistics for the backward.
+    ``backward(*grads, *tensors, *saved, *options, *needs) -> one gradient per tensor``; a gradient whose ``need`` flag
+    is false comes back with 0 elements.
+    """
+
+    name: str
+    tensors: int
+    outputs: int
+    forward_schema: str
+    backward_schema: str
+    backends: dict[str, Backend] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for suffix, schema in (("fwd", self.forward_schema), ("bwd", self.backward_schema)):
+            for library in (_fss, _fss_cpp):
+                library.define(f"{self.name}_{suffix}{schema}")
+        self.fwd = getattr(torch.ops.fss, f"{self.name}_fwd").default
+        self.bwd = getattr(torch.ops.fss, f"{self.name}_bwd").default
+        for suffix, direction in (("fwd", "forward"), ("bwd", "backward")):
+            for key in ("CPU", "CUDA"):
+                _fss.impl(f"{self.name}_{suffix}", self._dispatcher(direction, key.lower()), key)
+            _fss.impl(f"{self.name}_{suffix}", self._dispatcher(direction, "other"), "CompositeExplicitAutograd")
+        ops[self.name] = self
+
+    def add_compiled(self, backend: str) -> None:
+        """Declares that ``_fss_cpu.so`` or ``_fss_cuda.so`` implements this op."""
+        fwd, bwd = (getattr(torch.ops.fss_cpp, f"{self.name}_{suffix}").default for suffix in ("fwd", "bwd"))
+        self.backends[backend] = Backend(fwd, bwd, (_COMPILED[backend][1],))
+
+    def register_fake(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        """Shapes, dtypes and strides of the results, without data."""
+        torch.library.register_fake(f"fss::{self.name}_fwd", forward, lib=_fss)
+        torch.library.register_fake(f"fss::{self.name}_bwd", backward, lib=_fss)
+
+    def register_vmap(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        """Batching rules: the mapped dimension folds into the batch."""
+        torch.library.register_vmap(f"fss::{self.name}_fwd", forward, lib=_fss)
+        torch.library.register_vmap(f"fss::{self.name}_bwd", backward, lib=_fss)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+        """Makes the raw forward op differentiable too."""
+        torch.library.register_autograd(f"fss::{self.name}_fwd", backward, setup_context=setup_context, lib=_fss)
+
+    def why_not(self, backend: str, device: str) -> str | None:
+        """Why ``backend`` cannot run this op on ``device``, or None when it can."""
+        if backend in unavailable:
+            return unavailable[backend]
+        implementation = self.backends.get(backend)
+        if implementation is None:
+            return f"no {backend} kernel for {self.name} in this version"
+        if implementation.devices is not None and device not in implementation.devices:
+            return f"runs on {', '.join(implementation.devices)} tensors, not on {device}"
+        return None
+
+    def default_backend(self, device: str) -> str:
+        """The fastest backend that has been verified on this kind of device."""
+        return "cpp" if device == "cpu" and self.why_not("cpp", device) is None else "reference"
+
+    def _dispatcher(self, direction: str, device: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            backend = _forced.get()
+            if backend is None:
+                backend = self.default_backend(device)
+            elif (reason := self.why_not(backend, device)) is not None:
+                raise RuntimeError(f"{self.name}: backend {backend!r} is not available: {reason}")
+            return getattr(self.backends[backend], direction)(*args)
+
+        return run
+
+
+def forced_backend() -> str | None:
+    """The backend that `use_backend` forces in the current context, or None."""
+    return _forced.get()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Forces one backend (``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``) inside a ``with`` block.
+
+    None restores the default choice. Backward passes of ops called inside the block use the same backend.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+        RuntimeError: the backend is not available on this machine; the message says why. A backend that is available
+            but has no kernel for an op or a device raises when that op is called.
+
+    Example:
+        >>> import torch, fss_kernels
+        >>> with fss_kernels.use_backend("reference"):
+        ...     fss_kernels.masked_avg_pool(torch.ones(1, 2, 4, 4), torch.ones(1, 4, 4), eps=0.0)
+        tensor([[1., 1.]])
+    """
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+        if name in unavailable:
+            raise RuntimeError(f"use_backend: backend {name!r} is not available: {unavailable[name]}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def cpu_isa() -> str | None:
+    """Instruction set of the CPU kernels in this process: ``generic``, ``avx2`` or ``avx512``; None without them."""
+    return None if "cpp" in unavailable else torch.ops.fss_cpp.cpu_isa()
+
+
+def is_channels_last(features: torch.Tensor) -> bool:
+    """Whether (B, C, H, W) features are stored with the channels innermost."""
+    _, channels, height, width = features.shape
+    return features.stride(1) == 1 and channels > 1 and height * width > 1
+
+
+def empty_rows_like(features: torch.Tensor) -> torch.Tensor:
+    """An uninitialised dense tensor in the memory format of the features."""
+    memory_format = torch.channels_last if is_channels_last(features) else torch.contiguous_format
+    return torch.empty(features.shape, dtype=features.dtype, device=features.device, memory_format=memory_format)
+
+
+def accumulate_dtype(features: torch.Tensor) -> torch.dtype:
+    """The dtype of sums: float64 for float64 features, otherwise float32."""
+    return torch.float64 if features.dtype == torch.float64 else torch.float32

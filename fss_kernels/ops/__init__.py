@@ -1,0 +1,3 @@
+"""The ops, one folder each."""
+
+from fss_kernels.ops.masked_avg_pool import masked_avg_pool as masked_avg_pool

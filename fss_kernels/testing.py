@@ -1,0 +1,271 @@
+"""What the tests, ``fss-kernels verify`` and the benchmarks share: specs of ops, samples, layouts and one comparison rule.
+
+The rule (`compare`): inputs are rounded to their dtype first; against a float64 oracle, the error of an op may be k
+times the error of the plain PyTorch formula in the same dtype (k = 2 forward, 3 backward) plus a floor, in the maximum
+and in the root mean square. For float16 and bfloat16 every element is also within 1 ulp of its dtype plus the float32
+bound, so a half-precision accumulator does not pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fss_kernels import _library
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FACTOR = {"forward": 2.0, "backward": 3.0}
+# Relative to the largest element: what any order of summation may cost beyond the plain formula.
+FLOOR = {torch.float64: 2.0**-47, torch.float32: 2.0**-20, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+# The float64 reference is compared with the plain formula, whose resize computes positions in floating point.
+REFERENCE_FLOOR = 2.0**-40
+# A plain formula further off than this is not computing the same thing: its error buys no tolerance beyond it.
+PLAIN_CAP = {torch.float64: 2.0**-43, torch.float32: 2.0**-15, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of one call. Floating tensors are float64 and are rounded to the tested dtype by `Spec.cast`."""
+
+    id: str
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+    follow: tuple[str, ...] = ()  # further tensors that take the dtype of the features
+    large: bool = False  # only a few layouts
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """A call that must raise ``error`` with exactly ``message``."""
+
+    id: str
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    error: type[Exception]
+    message: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Least work of one call: bytes that must move and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything the generic batteries and the benchmarks need to know of one op."""
+
+    name: str
+    function: Callable[..., Any]  # public function
+    op: _library.Op
+    reference: Callable[..., Any]  # differentiable plain PyTorch, same call as `function`: the oracle in float64
+    plain: Callable[..., Any]  # the formula as the field writes it, same call: sets the tolerance
+    arguments: Callable[..., tuple[Any, ...]]  # the call as positional arguments of the raw forward op
+    features: tuple[str, ...]  # tensors that take the tested dtype
+    differentiable: tuple[str, ...]
+    samples: Callable[[], Iterable[Sample]]
+    bad_inputs: Callable[[], Iterable[BadInput]]
+    sizes: dict[str, dict[str, Any]]  # benchmark sizes: label -> arguments of `benchmark_sample`
+    benchmark_sample: Callable[..., Sample]
+    cost: Callable[[Sample, torch.dtype, str], Cost]  # mode "forward" or "forward+backward"
+    scratch_bytes: Callable[[Sample, torch.dtype], int]  # extra memory of a forward call
+
+    def cast(self, sample: Sample, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+        """The tensors of a sample rounded to the tested dtype; other floating tensors to its accumulation type."""
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        cast = {}
+        for name, tensor in sample.tensors.items():
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype if name in self.features + sample.follow else accumulate)
+            cast[name] = tensor.to(device)
+        return cast
+
+
+def specs() -> dict[str, Spec]:
+    """The spec of every op, by name."""
+    return {name: importlib.import_module(f"fss_kernels.ops.{name}.spec").SPEC for name in _library.ops}
+
+
+def _sliced(x: Tensor) -> Tensor:
+    big = torch.full([n + 3 for n in x.shape], math.nan, dtype=x.dtype) if x.is_floating_point() else None
+    big = x.new_empty([n + 3 for n in x.shape]) if big is None else big
+    view = big[tuple(slice(1, 1 + n) for n in x.shape)]
+    return view.copy_(x)
+
+
+def _offset(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _channels_last_sliced(x: Tensor) -> Tensor:
+    if x.ndim != 4:
+        return _offset(x)
+    return _channels_last(torch.cat([x, x[:, :3]], 1))[:, : x.shape[1]]
+
+
+# Name -> the same values (for "expanded": the first sample repeated) with other strides.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": _channels_last,
+    "offset": _offset,  # dense, not aligned
+    "sliced": _sliced,  # a window of a larger tensor
+    "channels_last_sliced": _channels_last_sliced,
+    "permuted": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+LARGE_LAYOUTS = ("contiguous", "channels_last", "offset")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a result is from the oracle: the largest ratio of observed to allowed error; passes up to 1."""
+
+    ratio: float
+    exact: bool  # no difference at all
+    message: str
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1.0
+
+
+def _maximum(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    return torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=info.tiny)))) * info.eps
+
+
+def compare(
+    actual: Tensor,
+    oracle: Tensor,
+    plain: Tensor,
+    direction: str,
+    plain32: Tensor | None = None,
+    label: str = "",
+    floor: float = 0.0,
+) -> Comparison:
+    """The comparison rule of this module.
+
+    Args:
+        actual: result of the op under test.
+        oracle: the float64 result for the same rounded inputs.
+        plain: result of the plain formula in the tested dtype.
+        direction: ``"forward"`` or ``"backward"``.
+        plain32: result of the plain formula in float32, needed when the tested dtype is float16 or bfloat16.
+        label: what is compared, for the message.
+        floor: a larger relative floor than the dtype's, for an oracle that is itself less exact.
+    """
+    if actual.shape != oracle.shape:
+        return Comparison(math.inf, False, f"{label}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}")
+    out, want, k = actual.detach().double(), oracle.detach().double(), FACTOR[direction]
+    if bool((~out.isfinite() & want.isfinite()).any()):
+        return Comparison(math.inf, False, f"{label}: not finite where the oracle is")
+    error = out - want
+
+    def bound(measure: Callable[[Tensor], float], result: Tensor, dtype: torch.dtype) -> float:
+        scale = measure(want)
+        plain_error = min(measure(result.detach().double() - want), PLAIN_CAP[dtype] * scale)
+        return k * plain_error + max(floor, FLOOR[dtype]) * scale + torch.finfo(dtype).tiny
+
+    allowed = bound(_maximum, plain, plain.dtype)
+    ratios = {"maximum": _maximum(error) / allowed, "rms": _rms(error) / bound(_rms, plain, plain.dtype)}
+    if plain32 is not None and out.numel():
+        by_element = torch.full_like(want, bound(_maximum, plain32, torch.float32))
+        if actual.dtype in (torch.float16, torch.bfloat16):
+            by_element += _ulp(want, actual.dtype)
+        ratios["ulp"] = (error.abs() / by_element).max().item()
+    ratio = max(ratios.values())
+    message = ""
+    if ratio > 1:
+        worst = tuple(int(i) for i in torch.unravel_index(error.abs().argmax(), error.shape))
+        message = (
+            f"{label}: error {ratio:.3g} times the allowed ({max(ratios, key=lambda r: ratios[r])} rule); worst at "
+            f"{worst}: got {out[worst].item():.9g}, expected {want[worst].item():.9g}"
+        )
+    return Comparison(ratio, not bool(error.any()), message)
+
+
+def check(*args: Any, **kwargs: Any) -> Comparison:
+    """`compare` that raises AssertionError when the result does not pass."""
+    result = compare(*args, **kwargs)
+    assert result.passed, result.message
+    return result
+
+
+def gradients(
+    function: Callable[..., Any], tensors: dict[str, Tensor], options: dict[str, Any], wanted: Iterable[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a call, and its gradients to the ``wanted`` tensors under fixed pseudo-random output gradients."""
+    leaves = {name: tensors[name].detach().requires_grad_() for name in wanted}
+    results = function(*{**tensors, **leaves}.values(), **options)
+    outputs = [r for r in ([results] if isinstance(results, Tensor) else results) if r.is_floating_point()]
+    generator = torch.Generator().manual_seed(7)
+    seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    # rounded to half precision first, so that every dtype sees the same output gradients
+    seeds = [s.to(torch.bfloat16).to(device=o.device, dtype=o.dtype) for s, o in zip(seeds, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), seeds) if leaves else ()
+    return [o.detach() for o in outputs], list(grads)
+
+
+def differentiable_names(spec: Spec, tensors: dict[str, Tensor]) -> list[str]:
+    """The differentiable tensors of a sample that are floating."""
+    return [name for name in spec.differentiable if tensors[name].is_floating_point()]
+
+
+def evaluate(
+    spec: Spec, sample: Sample, backend: str | None, dtype: torch.dtype, layout: str, device: str = "cpu"
+) -> list[tuple[str, Comparison]]:
+    """Runs one sample on one backend; one comparison an output and a gradient, labelled by name."""
+    tensors = {name: LAYOUTS[layout](t) for name, t in spec.cast(sample, dtype, device).items()}
+    names = differentiable_names(spec, tensors)
+
+    def rounded(to: torch.dtype) -> dict[str, Tensor]:
+        return {k: t.to(to) if t.is_floating_point() else t for k, t in tensors.items()}
+
+    with _library.use_backend(backend):
+        actual = gradients(spec.function, tensors, sample.options, names)
+    plain = gradients(spec.plain, rounded(dtype), sample.options, names)
+    # the float64 reference cannot be its own oracle
+    itself = backend == "reference" and dtype == torch.float64
+    oracle = gradients(spec.plain if itself else spec.reference, rounded(torch.float64), sample.options, names)
+    half = dtype in (torch.float16, torch.bfloat16)
+    plain32 = gradients(spec.plain, rounded(torch.float32), sample.options, names) if half else None
+
+    comparisons = []
+    for part, direction in enumerate(("forward", "backward")):
+        for i, result in enumerate(actual[part]):
+            name = f"output {i}" if direction == "forward" else f"grad_{names[i]}"
+            label = f"{spec.name}[{sample.id}] {backend} {dtype} {layout} {name}"
+            like = plain32[part][i] if plain32 is not None else None
+            floor = REFERENCE_FLOOR if itself else 0.0
+            comparisons.append((name, compare(result, oracle[part][i], plain[part][i], direction, like, label, floor)))
+    return comparisons
+
+
+def backends(op: _library.Op, device: str = "cpu") -> list[str]:
+    """The backends that can run an op on a device type here."""
+    return [b for b in _library.BACKENDS if op.why_not(b, device) is None]
+
+
+def cases(spec: Spec, layout: str) -> Iterator[Sample]:
+    """The samples to run in a layout."""
+    return (s for s in spec.samples() if not s.large or layout in LARGE_LAYOUTS)
