@@ -30,7 +30,7 @@ def arguments() -> dict:
     """Extension arguments for setup(); without PyTorch or with FSS_KERNELS_BUILD=none, pure Python."""
     request = os.environ.get("FSS_KERNELS_BUILD", "auto")
     if request not in ("auto", "none", "cpu", "cuda", "native"):
-        raise SystemExit(f"FSS_KERNELS_BUILD must be auto, none, cpu or cuda, got {request!r}")
+        raise SystemExit(f"FSS_KERNELS_BUILD must be auto, none, cpu, cuda or native, got {request!r}")
     if request == "native":
         return {"ext_modules": [native()]}
     skipped = {}
@@ -94,8 +94,8 @@ def arguments() -> dict:
                 except (Exception, SystemExit) as error:
                     if request in ("cpu", "cuda"):
                         raise
-                    reasons[library] = f"did not compile: {' '.join(str(error).split())[:300]}"
-                    print(f"fss_kernels: {library} {reasons[library]}; its ops use the reference")
+                    reasons[library] = f"{library} did not compile: {' '.join(str(error).split())[:300]}"
+                    print(f"fss_kernels: {reasons[library]}; its ops use the reference")
             self.extensions = built
             in_tree = self.inplace or getattr(self, "editable_mode", False)
             record(reasons, PACKAGE if in_tree else Path(self.build_lib) / "fss_kernels")

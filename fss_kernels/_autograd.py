@@ -88,9 +88,8 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            tensors = ctx.saved_tensors[:n_in]
-            results = ctx.saved_tensors[n_in : n_in + n_out]
-            saved = ctx.saved_tensors[n_in + n_out :]
+            kept = ctx.saved_tensors  # once: unpacking may recompute (checkpointing)
+            tensors, results, saved = kept[:n_in], kept[n_in : n_in + n_out], kept[n_in + n_out :]
             needs = tuple(ctx.needs_input_grad[:n_in])
             arguments = (*_zeros_for_none(grads[:n_out], results), *tensors, *saved, *ctx.options, *needs)
             if ctx.backend is None:
@@ -107,16 +106,16 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
         function.__name__ = function.__qualname__ = f"{op.name}_{function.__name__}"
         # Function.apply binds the signature of `forward` on every call; a cached one saves 4 us.
         function.forward.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
-    op.register_autograd(Forward.backward, Forward.setup_context)
+    op.register_autograd(Forward, Backward)
 
     def call(*args: Any) -> Any:
-        recorded = (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
+        if torch.compiler.is_compiling():  # Dynamo traces the raw op, whose autograd rule is the same pair
+            results = op.fwd(*args)
+        elif (
+            torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
             or (torch.is_grad_enabled() and any(t.requires_grad for t in args[:n_in]))
-        )
-        if recorded:
+        ):
             results = Forward.apply(*args)
         else:
             with torch._C._AutoDispatchBelowAutograd():  # the raw op's own autograd rule would cost 6 us

@@ -50,7 +50,7 @@ def non_negative(op: str, name: str, value: Any) -> float:
     """A finite number >= 0, as float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
     return float(value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +40,14 @@ def _load(library: str) -> str | None:
         return build_info().get(library, f"{library} was not built (reinstall with a compiler)")
     try:
         torch.ops.load_library(path)
+        if library == "_fss_cpu.so":
+            torch.ops.fss_cpp.cpu_isa()  # raises when FSS_KERNELS_CPU_ISA asks for what is not there
     except OSError as error:
         return f"{library} does not load: {error.__cause__ or error}"
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"fss_kernels: the CPU kernels are off: {reason}", stacklevel=2)
+        return reason
     return None
 
 
@@ -106,9 +113,12 @@ class Op:
         torch.library.register_vmap(f"fss::{self.name}_fwd", forward, lib=_fss)
         torch.library.register_vmap(f"fss::{self.name}_bwd", backward, lib=_fss)
 
-    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-        """Makes the raw forward op differentiable too."""
-        torch.library.register_autograd(f"fss::{self.name}_fwd", backward, setup_context=setup_context, lib=_fss)
+    def register_autograd(self, forward: type[torch.autograd.Function], backward: type[torch.autograd.Function]) -> None:
+        """Makes the raw ops differentiable by the rules of the two Functions: never a silent zero."""
+        for suffix, function in (("fwd", forward), ("bwd", backward)):
+            torch.library.register_autograd(
+                f"fss::{self.name}_{suffix}", function.backward, setup_context=function.setup_context, lib=_fss
+            )
 
     def why_not(self, backend: str, device: str) -> str | None:
         """Why ``backend`` cannot run this op on ``device``, or None when it can."""
@@ -174,6 +184,11 @@ def use_backend(name: str | None) -> Iterator[None]:
 def cpu_isa() -> str | None:
     """Instruction set of the CPU kernels in this process: ``generic``, ``avx2`` or ``avx512``; None without them."""
     return None if "cpp" in unavailable else torch.ops.fss_cpp.cpu_isa()
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets of this build that this processor can run; FSS_KERNELS_CPU_ISA forces one."""
+    return [] if "cpp" in unavailable else torch.ops.fss_cpp.supported_isas().split()
 
 
 def is_channels_last(features: torch.Tensor) -> bool:

@@ -20,15 +20,25 @@ std::string build_info() {
 
 std::string cpu_isa_name() { return kIsaNames[int(cpu_isa())]; }
 
+std::string supported_isas() {
+  std::string names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (isa_supported(Isa(i))) names += (names.empty() ? "" : " ") + std::string(kIsaNames[i]);
+  }
+  return names;
+}
+
 }  // namespace
 }  // namespace fss
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fss_cpp, m) {
   m.def("build_info() -> str");
   m.def("cpu_isa() -> str");
+  m.def("supported_isas() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fss_cpp, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&fss::build_info));
   m.impl("cpu_isa", TORCH_BOX(&fss::cpu_isa_name));
+  m.impl("supported_isas", TORCH_BOX(&fss::supported_isas));
 }

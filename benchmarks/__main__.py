@@ -1,0 +1,211 @@
+"""``python -m benchmarks run | check | report | readme``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from benchmarks import environment, measure, targets
+from fss_kernels import testing
+
+RESULTS = environment.ROOT / "benchmarks" / "results"
+README = environment.ROOT / "README.md"
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def run(
+    ops: list[str] = (),
+    quick: bool = False,
+    out: str = "",
+    sizes: list[str] = (),
+    dtypes: list[str] = ("float32",),
+    exclude: list[str] = (),
+    tiny: bool = False,
+    rounds: int = 10,
+    repeats: int = 3,
+    seed: int = 0,
+) -> int:
+    """Measures ops against their peers and writes a JSON file.
+
+    Args:
+        ops: names of ops; all of them when none is given
+        quick: fewer rounds, and only sizes that move little memory
+        out: result file; benchmarks/results/<machine>.json when empty
+        sizes: shell patterns of size labels
+        dtypes: dtypes of the features
+        exclude: shell patterns of peers to leave out
+        tiny: shrink every size, to test this program
+        rounds: rounds in which every provider has a turn
+        repeats: timed calls in a turn
+        seed: of the order of turns
+    """
+    known = testing.specs()
+    if unknown := set(ops) - set(known):
+        _say(f"run: unknown ops {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        return 2
+    path = Path(out) if out else RESULTS / f"{environment.machine_slug()}.json"
+    rounds = min(rounds, 4) if quick else rounds
+    threads = environment.cores()
+    plan = measure.Plan(
+        tuple(ops or known), tuple(dtypes), tuple(sizes), tuple(exclude), quick, tiny, rounds, repeats, seed, threads
+    )
+    # set before the process starts: the allocator and OpenMP read them once
+    env = {**os.environ, **environment.ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save(Path(folder, "plan.json"))
+        raw = Path(folder, "results.json")
+        command = [sys.executable, "-m", "pytest", "benchmarks/suite", "-x", "-q", "-s", "-o", "addopts="]
+        command += ["-p", "no:cacheprovider", "--disable-warnings", "--benchmark-disable-gc", "--benchmark-quiet"]
+        command += ["--plan", f"{folder}/plan.json", "--results", str(raw)]
+        done = subprocess.run(command, cwd=environment.ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        results = json.loads(raw.read_text()) if raw.exists() else {"failures": [], "rows": []}
+    if done.returncode:
+        _say(done.stdout[-6000:])
+        results["failures"].append(f"the measurement ended with code {done.returncode}")
+    elif not results["rows"]:
+        results["failures"].append("no row matches")
+    return _finish(results, path)
+
+
+def _finish(results: dict[str, Any], path: Path) -> int:
+    """Prints results and writes them; a run that failed does not replace a good file. The exit code."""
+    from benchmarks import report
+
+    for row in report.tables(results) if results["rows"] else []:
+        _say(row["title"])
+        for e in row["entries"]:
+            if e["seconds"]:
+                speed = (
+                    f"{e['seconds']['median'] * 1e3:9.3f} ms {e['ratio_to_ours']:8.2f}x ours {e['roof_fraction']:5.0%}"
+                )
+                _say(f"  {e['provider']:24} {speed} of the roof, {(e['extra_bytes'] or 0) / 1e6:8.2f} MB extra")
+            else:
+                _say(f"  {e['provider']:24} refused: its numbers are wrong")
+    for record in results.get("peers", []):
+        if record["error"] is not None and record["optional"]:
+            _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")
+    for failure in results["failures"]:
+        _say(f"FAILED: {failure}")
+    if results["failures"]:
+        path = path.with_name(path.name + ".failed")
+    measure.write_json(path, results)
+    _say(f"{len(results['rows'])} entries -> {path}")
+    return 1 if results["failures"] else 0
+
+
+def _committed() -> list[dict[str, Any]]:
+    """The files of benchmarks/results, oldest first."""
+    files = [{**json.loads(p.read_text()), "file": p.name} for p in sorted(RESULTS.glob("*.json"))]
+    return sorted(files, key=lambda r: r["environment"]["date"])
+
+
+def check(files: list[str] = (), allow_short: bool = False, lines: str = str(targets.PATH)) -> int:
+    """Compares results with every Speed line.
+
+    Args:
+        files: result files; the newest of benchmarks/results when none is given
+        allow_short: exit with 0 although lines fall short
+        lines: the file of lines
+    """
+    chosen = [{**json.loads(Path(f).read_text()), "file": f} for f in files] or _committed()[-1:]
+    if not chosen:
+        _say(f"check: no results in {RESULTS}; run `python -m benchmarks run`")
+        return 1
+    code = 0
+    for results in chosen:
+        env = results["environment"]
+        tree = "" if env["clean"] else ", tree with changes"
+        title = f"{results['file']}: {env['cpu']}, {env['date']}, commit {(env['commit'] or 'unknown')[:10]}{tree}"
+        outcomes = [targets.evaluate(line, results) for line in targets.load(Path(lines))]
+        console.print(targets.table(outcomes, title))
+        for record in results["peers"]:
+            if record["error"] is not None:
+                kind = "optional peer" if record["optional"] else "PEER"
+                _say(f"{kind} {record['name']} of {record['op']} is missing: {record['error']}")
+        for failure in results["failures"]:
+            _say(f"FAILED: {failure}")
+        states = [o.state for o in outcomes]
+        _say(", ".join(f"{states.count(s)} {s}" for s in ("pass", "SHORT", "MISSING")))
+        code = max(code, targets.exit_code(outcomes, results, allow_short))
+    return code
+
+
+def report(file: str, out: str = "report/index.html") -> int:
+    """Writes one HTML page with tables and plots.
+
+    Args:
+        file: result file
+        out: page to write
+    """
+    from benchmarks.report import render, write_text
+
+    write_text(out, render(json.loads(Path(file).read_text())))
+    _say(f"report -> {out}")
+    return 0
+
+
+def readme(check: bool = False, file: str = str(README)) -> int:
+    """Regenerates the tables of the README from benchmarks/results.
+
+    Args:
+        check: only compare; exit with 1 on a difference
+        file: the README
+    """
+    from benchmarks.report import readme_section, replace_section, write_text
+
+    committed = _committed()
+    if not committed:
+        _say(f"readme: skipped, no results in {RESULTS}")
+        return 0
+    text = Path(file).read_text() if Path(file).exists() else ""
+    try:
+        new = replace_section(text, readme_section(committed))
+    except ValueError as error:
+        _say(f"readme: skipped, {file}: {error}")
+        return 0
+    if check:
+        _say("readme: up to date" if new == text else "readme: tables differ from the results; run `make readme`")
+        return int(new != text)
+    write_text(file, new)
+    _say(f"readme: tables of {len(committed)} machines -> {file}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: every function above is a command; its first list, or what has no default, is given by position."""
+    functions = {f.__name__: f for f in (run, check, report, readme)}
+    parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subcommands()
+    for name, function in functions.items():
+        command = ArgumentParser(description=inspect.getdoc(function).partition("\n")[0])
+        special = set()
+        for i, parameter in enumerate(inspect.signature(function).parameters.values()):
+            if isinstance(parameter.default, bool):
+                command.add_argument(f"--{parameter.name}", action="store_true")
+            elif isinstance(parameter.default, tuple):
+                many = {"nargs": "*"} if i == 0 else {"nargs": "+", "default": list(parameter.default)}
+                command.add_argument(parameter.name if i == 0 else f"--{parameter.name}", type=str, **many)
+            else:
+                continue
+            special.add(parameter.name)
+        command.add_function_arguments(function, as_positional=True, skip=special)
+        commands.add_subcommand(name, command)
+    chosen = parser.parse_args(arguments)
+    return functions[chosen.subcommand](**chosen[chosen.subcommand].as_dict())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

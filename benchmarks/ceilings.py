@@ -1,0 +1,69 @@
+"""What this machine can do at most, measured in the running process: reading, copying and writing memory, FMA."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import torch
+
+KINDS = ("read", "copy", "write")
+
+
+def native() -> ModuleType:
+    """The developer's module with the ceilings."""
+    try:
+        from fss_kernels import _native
+    except ImportError as error:
+        raise RuntimeError("the ceilings need the module fss_kernels._native: run `make native`") from error
+    return _native
+
+
+def buffer(size: int) -> torch.Tensor:
+    """About ``size`` bytes from PyTorch's allocator, every page touched: the memory that ops work on."""
+    return torch.ones(max(2, size // 4), dtype=torch.float32)
+
+
+class Ceilings:
+    """Timers of the ceilings; the reading pattern that is fastest on this machine is found once."""
+
+    def __init__(self, threads: int, size: int = 256 << 20) -> None:
+        self.native, self.threads, self.size = native(), threads, size
+        data = buffer(size).numpy()
+        fastest = [min(self._read(data, p) for _ in range(3)) for p in range(self.native.read_patterns)]
+        self.pattern = int(np.argmin(fastest))
+
+    def _read(self, data: np.ndarray, pattern: int) -> float:
+        return self.native.read_seconds(data, self.threads, pattern)
+
+    def timers(self) -> dict[str, Callable[[torch.Tensor], float]]:
+        """Kind -> seconds to move all bytes of a buffer: read it, copy one half to the other, or write it."""
+
+        def copy(data: torch.Tensor) -> float:
+            half = data.numel() // 2
+            return self.native.copy_seconds(data[:half].numpy(), data[half : 2 * half].numpy(), self.threads)
+
+        return {
+            "read": lambda data: self._read(data.numpy(), self.pattern),
+            "copy": copy,
+            "write": lambda data: self.native.write_seconds(data.numpy(), self.threads),
+        }
+
+    def measure(self) -> dict[str, float]:
+        """Medians in GB/s and GFLOP/s."""
+        settle()
+        data = buffer(self.size)
+        gigabytes = data.nbytes * 1e-9
+        result = {
+            f"{kind}_gbps": gigabytes / statistics.median(timer(data) for _ in range(7))
+            for kind, timer in self.timers().items()
+        }
+        return {**result, "fma_gflops": statistics.median(self.native.fma_gflops(self.threads) for _ in range(3))}
+
+
+def settle() -> None:
+    """Waits until PyTorch's threads, which spin for a while after their last task, have gone to sleep."""
+    time.sleep(0.01)

@@ -1,0 +1,74 @@
+"""What a result depends on besides the code: machine, versions, allocator, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = 1
+# glibc gives large blocks back to the system at once and PyTorch asks for them again: every call would pay for page
+# faults, and eager code 3 to 6 times over. These settings keep the memory in the process.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def cpu() -> str:
+    """Model of the processor; virtual machines often hide the name, so family and model are part of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+
+
+def machine_slug() -> str:
+    """File name of this machine's committed results."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu()} {cores()} cores".lower()).strip("-")
+
+
+def environment() -> dict[str, Any]:
+    """The environment block of a result file."""
+    import torch
+
+    from fss_kernels import __version__, _library
+
+    commit = _output("git", "rev-parse", "HEAD")
+    return {
+        "schema": SCHEMA,
+        "environment": {
+            "cpu": cpu(),
+            "cores": cores(),
+            "threads": torch.get_num_threads(),
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+            "isa": _library.cpu_isa(),
+            "fss_kernels": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "compiler": _output("gcc", "--version").partition("\n")[0],
+            "os": platform.platform(),
+            "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": commit or None,
+            # files that git does not track do not count: results of earlier runs and build products are among them
+            "clean": bool(commit) and not _output("git", "status", "--porcelain", "--untracked-files=no"),
+        },
+    }

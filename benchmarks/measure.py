@@ -1,0 +1,399 @@
+"""One measurement session: rows, providers, the correctness gate, exact peak memory and the statistics.
+
+The timing itself is pytest-benchmark's (``suite/``); nothing here depends on pytest.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gc
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import ceilings, peers
+from fss_kernels import testing
+from fss_kernels.testing import Sample, Spec
+
+OURS = "fss_kernels"
+MODES = ("forward", "forward+backward")
+QUICK_BYTES = 64 << 20  # a quick run has the sizes that move at most this much in a forward call
+# A peer further from float64 than this, relative to the largest element, does not compute the same thing.
+SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
+# Measurement noise: a ceiling and an op are timed milliseconds apart, not at once.
+ROOF_SLACK = 1.03
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and how often."""
+
+    ops: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("float32",)
+    sizes: tuple[str, ...] = ()  # shell patterns of labels; empty: all
+    exclude: tuple[str, ...] = ()  # shell patterns of peers to leave out
+    quick: bool = False
+    tiny: bool = False  # every number of a size becomes its square root
+    rounds: int = 10  # interleaved visits of every provider
+    repeats: int = 3  # timed calls a visit
+    seed: int = 0
+    threads: int = 1
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(Path(path).read_text()).items()})
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of the table: op, size, dtype and mode. ``arguments`` make the sample."""
+
+    op: str
+    size: str
+    dtype: str
+    mode: str
+    arguments: Mapping[str, Any] = field(hash=False, compare=False)
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}[{self.size}, {self.dtype}, {self.mode}]"
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One provider's turn in one round of one row."""
+
+    row: Row
+    round: int
+    provider: str
+
+    def __str__(self) -> str:
+        return f"{self.row.id} round {self.round} {self.provider}"
+
+
+def selected(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names that match any of the shell patterns; brackets stand for themselves."""
+    patterns = [p.replace("[", "[[]") for p in patterns]
+    return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def rows(plan: Plan) -> list[Row]:
+    """The rows of a plan."""
+    result = []
+    for op in plan.ops:
+        spec = testing.specs()[op]
+        for size in selected(spec.sizes, plan.sizes or ("*",)):
+            arguments = dict(spec.sizes[size])
+            if plan.tiny:
+                arguments = {k: math.isqrt(v) + 1 if isinstance(v, int) else v for k, v in arguments.items()}
+            for dtype in plan.dtypes:
+                if plan.quick:
+                    sample = spec.benchmark_sample(**arguments)
+                    if spec.cost(sample, getattr(torch, dtype), "forward").bytes > QUICK_BYTES:
+                        continue
+                result += [Row(op, size, dtype, mode, arguments) for mode in MODES]
+    return result
+
+
+def schedule(plan: Plan, usable: Mapping[str, list[peers.Peer]]) -> list[Visit]:
+    """Row after row; within a row A B C ... A B C ..., the order of the providers drawn anew each round."""
+    order = random.Random(plan.seed)
+    visits = []
+    for row in rows(plan):
+        providers = [OURS, *(f"ceiling:{kind}" for kind in ceilings.KINDS)]
+        providers += [p.name for p in usable[row.op] if p.applies(row.arguments)]
+        for n in range(plan.rounds):
+            visits += [Visit(row, n, provider) for provider in order.sample(providers, len(providers))]
+    return visits
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache; 32 MB where the system does not say."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(text.rstrip("KM")) * (1 << 20 if text.endswith("M") else 1 << 10)
+    except (OSError, ValueError):
+        return 32 << 20
+
+
+def rotations(size: int) -> int:
+    """How many buffers of ``size`` bytes make sure that none is still in a cache when its turn comes."""
+    return max(2, math.ceil(4 * cache_bytes() / max(1, size)))
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind tensors."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def extra_bytes(call: Callable[[], Any]) -> int:
+    """Peak of the memory that a call allocates, without its result: every event of PyTorch's allocator, in order."""
+    call()
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())["traceEvents"]
+    events = sorted((e["ts"], e["args"]["Bytes"]) for e in trace if e.get("name") == "[memory]")
+    running = np.cumsum([0, *(size for _, size in events)])
+    return int(running.max()) - nbytes(_flat(result))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the correctness gate: an empty message lets the provider be timed."""
+
+    max_error: float
+    message: str = ""
+
+
+def gate(
+    spec: Spec,
+    dtype: torch.dtype,
+    sample: Sample,
+    tensors: Mapping[str, Tensor],
+    wanted: Iterable[str],
+    functions: Mapping[str, Callable[..., Any]],
+) -> dict[str, Verdict]:
+    """Compares every provider with float64: ours by the project's rule, the others by a plain bound."""
+    wanted = list(wanted)
+
+    def run(function: Callable[..., Any], to: torch.dtype = dtype) -> tuple[list[Tensor], list[Tensor]]:
+        rounded = {k: t.to(to) if t.is_floating_point() and to != dtype else t for k, t in tensors.items()}
+        with torch.set_grad_enabled(bool(wanted)):
+            return testing.gradients(function, rounded, sample.options, wanted)
+
+    oracle, plain = run(spec.reference, torch.float64), run(spec.plain)
+    plain32 = run(spec.plain, torch.float32) if dtype in (torch.bfloat16, torch.float16) else None
+
+    def judge(name: str, function: Callable[..., Any]) -> Verdict:
+        try:
+            actual = run(function)
+        except Exception as error:
+            return Verdict(math.inf, f"{name}: raised {type(error).__name__}: {error}")
+        worst, messages = 0.0, []
+        for part, direction in enumerate(("forward", "backward")):
+            for i, (out, want) in enumerate(zip(actual[part], oracle[part], strict=True)):
+                label = f"{name}: {direction} {i}"
+                if out.shape != want.shape or not bool(out.isfinite().all()):
+                    return Verdict(math.inf, f"{label}: shape {tuple(out.shape)} or values that are not finite")
+                error = ((out.double() - want).abs().max() / want.abs().max().clamp(min=1e-300)).item()
+                worst = max(worst, error)
+                if name == OURS:
+                    like = plain32[part][i] if plain32 else None
+                    comparison = testing.compare(out, want, plain[part][i], direction, like, label)
+                    messages += [] if comparison.passed else [comparison.message]
+                elif error > SANITY[dtype]:
+                    messages.append(f"{label}: relative error {error:.2g}, allowed {SANITY[dtype]:.0e}")
+        return Verdict(worst, "; ".join(messages))
+
+    return {name: judge(name, function) for name, function in functions.items()}
+
+
+class Prepared:
+    """A row ready to be timed: rotating inputs, callables, gate verdicts and peak memory."""
+
+    def __init__(self, row: Row, usable: Iterable[peers.Peer], spec: Spec | None = None) -> None:
+        self.row, self.spec = row, spec or testing.specs()[row.op]
+        self.turn = 0
+        spec, dtype = self.spec, getattr(torch, row.dtype)
+        torch._dynamo.reset()
+        sample = spec.benchmark_sample(**row.arguments)
+        self.options = sample.options
+        first = spec.cast(sample, dtype)
+        backward = row.mode == "forward+backward"
+        self.wanted = [n for n in spec.features if n in spec.differentiable] if backward else []
+        self.cost = spec.cost(sample, dtype, row.mode)
+        self.written = nbytes(first[n] for n in self.wanted)
+        self.scratch_bytes = spec.scratch_bytes(sample, dtype)
+
+        functions = {OURS: spec.function}
+        functions |= {p.name: p.build(first, sample.options) for p in usable if p.applies(row.arguments)}
+        self.verdicts = gate(spec, dtype, sample, first, self.wanted, functions)
+        self.refused = self.verdicts[OURS].message  # our own error refuses the row
+        copies = rotations(nbytes(first[n] for n in spec.features))
+        self.inputs = [first, *({k: t.clone() for k, t in first.items()} for _ in range(copies - 1))]
+        results = _flat(spec.function(*first.values(), **self.options))
+        generator = torch.Generator().manual_seed(3)
+        self.seeds = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results if r.is_floating_point()]
+        del results
+        self.calls = {name: self._call(f) for name, f in functions.items() if not self.verdicts[name].message}
+        self.extra = {} if self.refused else {name: extra_bytes(self._once(name)) for name in self.calls}
+        self.buffers = [ceilings.buffer(self.cost.bytes) for _ in range(rotations(self.cost.bytes))]
+
+    def _call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if not self.wanted:
+
+            def forward(tensors: dict[str, Tensor]) -> Any:
+                return function(*tensors.values(), **self.options)
+
+            return forward
+
+        def forward_backward(tensors: dict[str, Tensor]) -> Any:
+            outputs = [r for r in _flat(function(*tensors.values(), **self.options)) if r.is_floating_point()]
+            return torch.autograd.grad(outputs, [tensors[n] for n in self.wanted], self.seeds)
+
+        return forward_backward
+
+    def _once(self, name: str) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.set_grad_enabled(bool(self.wanted)):
+                return self.calls[name](self.next_input())
+
+        return run
+
+    def next_input(self) -> dict[str, Tensor]:
+        """The next buffer set; tensors whose gradient is wanted are fresh leaves."""
+        self.turn += 1
+        tensors = self.inputs[self.turn % len(self.inputs)]
+        return {n: t.detach().requires_grad_() if n in self.wanted else t for n, t in tensors.items()}
+
+    def next_buffer(self) -> Tensor:
+        """The next buffer of a ceiling: as many bytes as the row moves."""
+        self.turn += 1
+        return self.buffers[self.turn % len(self.buffers)]
+
+
+def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    low, p20, median, p80 = (float(q) for q in np.quantile(list(seconds), [0, 0.2, 0.5, 0.8]))
+    return {"min": low, "p20": p20, "median": median, "p80": p80}
+
+
+def summarise(prepared: Prepared, samples: Mapping[str, Mapping[int, list[float]]]) -> tuple[list[dict], list[str]]:
+    """Entries of the result file for one row, and what fails the run.
+
+    Ratios and fractions of the roof are medians over rounds of values of the same round, so that a machine that slows
+    down for a while slows both sides.
+    """
+    row, cost = prepared.row, prepared.cost
+    failures = [f"{row.id} {v.message}" for v in prepared.verdicts.values() if v.message]
+    by_round = {p: {n: float(np.median(s)) for n, s in visits.items()} for p, visits in samples.items()}
+    rates = {
+        kind: {n: prepared.buffers[0].nbytes / s for n, s in by_round.get(f"ceiling:{kind}", {}).items()}
+        for kind in ceilings.KINDS
+    }
+
+    def paired(provider: str, value: Callable[[int, float], float]) -> float | None:
+        values = [value(n, seconds) for n, seconds in by_round.get(provider, {}).items()]
+        return float(np.median(values)) if values else None
+
+    def floor(n: int) -> float:
+        """Least time in a round: what must be read at the reading ceiling, what must be written at the writing one."""
+        written = prepared.written / rates["write"][n] if prepared.written else 0.0
+        return (cost.bytes - prepared.written) / rates["read"][n] + written
+
+    entries = []
+    for provider in [*prepared.verdicts, *(f"ceiling:{kind}" for kind in ceilings.KINDS)]:
+        verdict = prepared.verdicts.get(provider)
+        entry: dict[str, Any] = {
+            **{key: getattr(row, key) for key in ("op", "size", "dtype", "mode")},
+            "provider": provider,
+            "correct": not verdict.message if verdict else None,
+            "max_error": verdict.max_error if verdict and math.isfinite(verdict.max_error) else None,
+            "seconds": None,
+            "bytes": cost.bytes if verdict else prepared.buffers[0].nbytes,
+            "flops": cost.flops if verdict else 0,
+            "extra_bytes": prepared.extra.get(provider),
+            "scratch_bytes": prepared.scratch_bytes,
+            **dict.fromkeys(("gbps", "gflops", "roof_fraction", "ratio_to_ours")),
+        }
+        if provider in samples and not prepared.refused:
+            seconds = [s for visit in samples[provider].values() for s in visit]
+            entry["seconds"] = {**_quantiles(seconds), "samples": len(seconds)}
+            entry["gbps"] = entry["bytes"] / entry["seconds"]["median"] * 1e-9
+            if verdict:
+                entry["gflops"] = entry["flops"] / entry["seconds"]["median"] * 1e-9
+                entry["roof_fraction"] = paired(provider, lambda n, s: floor(n) / s)
+                entry["ratio_to_ours"] = paired(provider, lambda n, s: s / by_round[OURS][n])
+                if entry["roof_fraction"] > ROOF_SLACK:
+                    failures.append(
+                        f"{row.id} {provider}: {entry['roof_fraction']:.0%} of the measured roof (up to "
+                        f"{ROOF_SLACK:.0%} is measurement noise): bytes are miscounted or inputs were in a cache"
+                    )
+        entries.append(entry)
+    return entries, failures
+
+
+class Session:
+    """Keeps one prepared row at a time, collects samples and writes the results."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        resolved = {op: peers.resolve(op) for op in plan.ops}
+        self.usable = {
+            op: [p for p in usable if p.name not in selected([p.name], plan.exclude)]
+            for op, (usable, _) in resolved.items()
+        }
+        self.peers = [record for _, records in resolved.values() for record in records]
+        self.visits = schedule(plan, self.usable)
+        self.entries: list[dict] = []
+        self.failures = [
+            f"peer {r['name']} of {r['op']} is missing: {r['error']}"
+            for r in self.peers
+            if r["error"] is not None and not r["optional"]
+        ]
+        self.prepared: Prepared | None = None
+        self.samples: dict[str, dict[int, list[float]]] = {}
+        torch.set_num_threads(plan.threads)
+        self.ceilings = ceilings.Ceilings(plan.threads, 4 << 20 if plan.tiny else 256 << 20)
+        self.before = self.ceilings.measure()
+
+    def prepare(self, row: Row) -> Prepared:
+        """The prepared row; a new row closes the one before and frees its memory."""
+        if self.prepared is None or self.prepared.row != row:
+            self.close_row()
+            self.prepared = Prepared(row, self.usable[row.op])
+        return self.prepared
+
+    def record(self, visit: Visit, seconds: list[float]) -> None:
+        """Adds the timed calls of one visit."""
+        self.samples.setdefault(visit.provider, {})[visit.round] = seconds
+
+    def close_row(self) -> None:
+        """Summarises the current row."""
+        if self.prepared is not None:
+            entries, failures = summarise(self.prepared, self.samples)
+            self.entries += entries
+            self.failures += failures
+        self.prepared, self.samples = None, {}
+        gc.collect()
+
+    def results(self) -> dict[str, Any]:
+        """The content of the result file but the environment."""
+        self.close_row()
+        after = self.ceilings.measure()
+        return {
+            "plan": asdict(self.plan),
+            "peers": self.peers,
+            "ceilings": {"before": self.before, "after": after, "read_pattern": self.ceilings.pattern},
+            "rows": self.entries,
+            "failures": self.failures,
+        }
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Writes to a temporary name and renames, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)

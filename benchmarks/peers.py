@@ -1,0 +1,192 @@
+"""The one registry of peers: what people run today, and the best PyTorch alternatives, written from the formulas.
+
+A peer is called exactly as the op. Its builder may compile; it sees the size's first tensors and options.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Any]
+Build = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Function]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One alternative to an op. ``version`` and ``build`` may raise ImportError when what they need is missing."""
+
+    name: str
+    build: Build
+    cannot: str  # in one sentence, what the op does and this does not
+    applies: Callable[[Mapping[str, Any]], bool]  # to a size: arguments of the spec's benchmark_sample
+    version: Callable[[], str]
+    optional: bool = False  # may be missing without failing the run
+
+
+registry: dict[str, list[Peer]] = defaultdict(list)
+
+
+def peer(
+    op: str,
+    name: str,
+    cannot: str,
+    applies: Callable[[Mapping[str, Any]], bool] = lambda size: True,
+    version: Callable[[], str] = lambda: f"torch {torch.__version__}",
+    optional: bool = False,
+) -> Callable[[Build], Build]:
+    """Registers a builder as a peer of ``op``."""
+
+    def register(build: Build) -> Build:
+        registry[op].append(Peer(name, build, cannot, applies, version, optional))
+        return build
+
+    return register
+
+
+def resolve(op: str) -> tuple[list[Peer], list[dict[str, Any]]]:
+    """The peers of an op that can run here, and a record of every one: version, or why it is missing."""
+    usable, records = [], []
+    for p in registry[op]:
+        record = {"op": op, "name": p.name, "optional": p.optional, "cannot": p.cannot, "version": None, "error": None}
+        try:
+            record["version"] = p.version()
+            usable.append(p)
+        except ImportError as error:
+            record["error"] = str(error)
+        records.append(record)
+    return usable, records
+
+
+# ---- masked_avg_pool -----------------------------------------------------------------------------------------------
+
+
+def _is_adjoint(size: Mapping[str, Any]) -> bool:
+    return size.get("resize") == "adjoint"
+
+
+def _is_bilinear(size: Mapping[str, Any]) -> bool:
+    return not _is_adjoint(size)
+
+
+def _on_grid(mask: Tensor, features: Tensor, align_corners: bool) -> Tensor:
+    return F.interpolate(mask.to(features.dtype), features.shape[-2:], mode="bilinear", align_corners=align_corners)
+
+
+def _masked_means(features: Tensor, masks: Tensor, eps: float) -> Tensor:
+    """The average as most repositories write it: one mask after the other."""
+    means = [(features * m[:, None]).sum((2, 3)) / (m.sum((1, 2))[:, None] + eps) for m in masks.unbind(1)]
+    return torch.stack(means, 1)
+
+
+def _eager(features: Tensor, mask: Tensor, eps: float = 5e-4, align_corners: bool = True) -> Tensor:
+    return _masked_means(features, _on_grid(mask, features, align_corners), eps)
+
+
+def _window_average(features: Tensor, mask: Tensor, eps: float = 5e-4, align_corners: bool = True) -> Tensor:
+    """PFENet's weighted average: both sums are averages over the whole map, multiplied back by its size."""
+    h, w = features.shape[-2:]
+    means = []
+    for m in _on_grid(mask, features, align_corners).split(1, 1):
+        area = F.avg_pool2d(m, (h, w)) * h * w + eps
+        means.append((F.avg_pool2d(features * m, (h, w)) * h * w / area).flatten(1))
+    return torch.stack(means, 1)
+
+
+def _matrix_product(features: Tensor, masks: Tensor, eps: float) -> Tensor:
+    sums = torch.bmm(masks.flatten(2), features.flatten(2).transpose(1, 2))
+    return sums / (masks.sum((2, 3))[..., None] + eps)
+
+
+def _bmm(features: Tensor, mask: Tensor, eps: float = 5e-4, align_corners: bool = True) -> Tensor:
+    return _matrix_product(features, _on_grid(mask, features, align_corners), eps)
+
+
+def _panet(features: Tensor, mask: Tensor, eps: float, align_corners: bool, resize: str) -> Tensor:
+    """PANet upsamples the features to the mask's size and averages there."""
+    upsampled = F.interpolate(features, mask.shape[-2:], mode="bilinear", align_corners=align_corners)
+    return _masked_means(upsampled, mask.to(features.dtype), eps)
+
+
+def _adjoint_bmm(features: Tensor, mask: Tensor, eps: float, align_corners: bool, resize: str) -> Tensor:
+    """The same sums by moving the transposed upsampling to the mask, as two small matrix products."""
+
+    def upsampling(source: int, target: int) -> Tensor:
+        eye = torch.eye(source, dtype=features.dtype, device=features.device)[None]
+        return F.interpolate(eye, target, mode="linear", align_corners=align_corners)[0]  # (source, target)
+
+    mask = mask.to(features.dtype)
+    rows, columns = (upsampling(s, t) for s, t in zip(features.shape[-2:], mask.shape[-2:], strict=True))
+    masks = rows @ mask @ columns.T
+    sums = torch.bmm(masks.flatten(2), features.flatten(2).transpose(1, 2))
+    return sums / (mask.sum((2, 3))[..., None] + eps)
+
+
+def _compiled(function: Function) -> Function:
+    return torch.compile(function, dynamic=False)
+
+
+@peer("masked_avg_pool", "eager", "writes features * mask for every mask and has no NaN rule", _is_bilinear)
+def _(tensors, options):
+    return _eager
+
+
+@peer("masked_avg_pool", "pfenet", "writes features * mask for every mask and has no NaN rule", _is_bilinear)
+def _(tensors, options):
+    return _window_average
+
+
+@peer("masked_avg_pool", "bmm", "copies transposed gradients in training and has no NaN rule", _is_bilinear)
+def _(tensors, options):
+    return _bmm
+
+
+@peer("masked_avg_pool", "compile(eager)", "needs seconds of compilation per shape and has no NaN rule", _is_bilinear)
+def _(tensors, options):
+    return _compiled(_eager)
+
+
+@peer("masked_avg_pool", "compile(bmm)", "needs seconds of compilation per shape and has no NaN rule", _is_bilinear)
+def _(tensors, options):
+    return _compiled(_bmm)
+
+
+@peer(
+    "masked_avg_pool",
+    "resize+compile(sums)",
+    "needs the resize kept out of the graph by hand, seconds of compilation per shape, and has no NaN rule",
+    _is_bilinear,
+)
+def _(tensors, options):
+    means = _compiled(_masked_means)
+
+    def run(features: Tensor, mask: Tensor, eps: float = 5e-4, align_corners: bool = True) -> Tensor:
+        return means(features, _on_grid(mask, features, align_corners), eps)
+
+    return run
+
+
+@peer(
+    "masked_avg_pool",
+    "panet",
+    "writes features of the mask's size and its gradient is non-deterministic on CUDA",
+    _is_adjoint,
+)
+def _(tensors, options):
+    return _panet
+
+
+@peer("masked_avg_pool", "compile(panet)", "needs seconds of compilation per shape and has no NaN rule", _is_adjoint)
+def _(tensors, options):
+    return _compiled(_panet)
+
+
+@peer("masked_avg_pool", "adjoint-bmm", "copies transposed gradients in training and has no NaN rule", _is_adjoint)
+def _(tensors, options):
+    return _adjoint_bmm

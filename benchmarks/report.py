@@ -1,0 +1,109 @@
+"""Turns result files into a page and into the README's tables."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from benchmarks.measure import OURS
+from benchmarks.targets import fastest_peer, row_entries, version_of
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def _templates() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    return jinja2.Environment(
+        loader=loader, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+
+
+def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a result file in order, each with its entries sorted by time and its floor in seconds."""
+    names = ("op", "size", "dtype", "mode")
+    keys = list(dict.fromkeys(tuple(r[n] for n in names) for r in results["rows"]))
+    result = []
+    for key in keys:
+        entries = row_entries(results, dict(zip(names, key, strict=True)))
+        providers = [e for e in entries.values() if not e["provider"].startswith("ceiling:")]
+        ours, fastest = entries[OURS], fastest_peer(entries)
+        timed = ours["seconds"] is not None
+        result.append(
+            {
+                **dict(zip(names, key, strict=True)),
+                "title": " · ".join(key),
+                "entries": sorted(providers, key=lambda e: e["seconds"]["median"] if e["seconds"] else float("inf")),
+                "ceilings": {
+                    p.removeprefix("ceiling:"): e["gbps"] for p, e in entries.items() if p.startswith("ceiling:")
+                },
+                "ours": ours,
+                "fastest": fastest,
+                "fastest_version": version_of(results, key[0], fastest["provider"]) if fastest else "",
+                "floor": ours["roof_fraction"] * ours["seconds"]["median"] if timed else None,
+            }
+        )
+    return result
+
+
+def _plot(row: dict[str, Any]) -> str:
+    """Median times with their p20 to p80 as a bar plot, the roof as a line; inline SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [e for e in row["entries"] if e["seconds"]][::-1]
+    if not entries:
+        return ""
+    medians = [e["seconds"]["median"] * 1e3 for e in entries]
+    spread = [[m - e["seconds"]["p20"] * 1e3 for m, e in zip(medians, entries, strict=True)],
+              [e["seconds"]["p80"] * 1e3 - m for m, e in zip(medians, entries, strict=True)]]  # fmt: skip
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": row["title"], "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(6, 0.8 + 0.32 * len(entries)), layout="constrained")
+        colours = ["#c2410c" if e["provider"] == OURS else "#94a3b8" for e in entries]
+        axes.barh([e["provider"] for e in entries], medians, xerr=spread, color=colours, ecolor="#334155", capsize=2)
+        axes.axvline(row["floor"] * 1e3, color="#15803d", linestyle="--", label="roof of this machine")
+        if max(medians) > 30 * min(medians):
+            axes.set_xscale("log")
+        axes.set_xlabel("ms (median, p20 to p80)")
+        axes.legend(loc="lower right", frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def render(results: dict[str, Any]) -> str:
+    """One self-contained HTML page."""
+    rows = [{**row, "plot": _plot(row)} for row in tables(results)]
+    return _templates().get_template("report.html.j2").render(results=results, rows=rows, ours=OURS)
+
+
+def readme_section(files: list[dict[str, Any]]) -> str:
+    """The README's tables, one a machine."""
+    machines = [{**results, "tables": tables(results)} for results in files]
+    return _templates().get_template("readme.md.j2").render(machines=machines)
+
+
+def replace_section(text: str, section: str) -> str:
+    """The text with what stands between the markers replaced; ValueError without markers."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no {BEGIN} ... {END}")
+    return f"{head}{BEGIN}\n{section.strip()}\n{END}{tail}"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes to a temporary name and renames."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

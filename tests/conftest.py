@@ -1,0 +1,74 @@
+"""Shared by the batteries: every spec, every case, and memory that is NaN until it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from fss_kernels import testing
+
+SPECS = list(testing.specs().values())
+SAMPLES = [(spec, sample) for spec in SPECS for sample in spec.samples()]
+SMALL = [(spec, s) for spec, s in SAMPLES if sum(t.numel() for t in s.tensors.values()) <= 4000]
+BACKENDS = [(spec, backend) for spec in SPECS for backend in testing.backends(spec.op)]
+
+
+def ids(value: object) -> str | None:
+    """Test ids from specs, samples and dtypes."""
+    if isinstance(value, testing.Spec):
+        return value.name
+    if isinstance(value, (testing.Sample, testing.BadInput)):
+        return value.id
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def sample_of(spec: testing.Spec, id: str) -> testing.Sample:
+    """The sample of a spec with this id."""
+    return next(s for s in spec.samples() if s.id == id)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every allocation of PyTorch, in Python and in C++, starts as NaN: an element never written is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def recorded_ops() -> Callable[[], list[tuple[str, tuple]]]:
+    """A context manager factory that records every fss op called: (name, arguments)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[tuple[str, tuple]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.namespace == "fss":
+                self.calls.append((func.name(), args))
+            return func(*args, **(kwargs or {}))
+
+    return Recorder
+
+
+def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untyped-def]
+    """Skips by reason: only a missing GPU or nvcc may skip a test."""
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        reasons[reason] = reasons.get(reason, 0) + 1
+    terminalreporter.write_line(f"skips: {reasons or 'none'}")
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:  # type: ignore[no-untyped-def]
+    """A skip for another reason than missing hardware is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    for report in reporter.stats.get("skipped", []) if reporter else []:
+        if report.longrepr[2].removeprefix("Skipped: ") not in ("no GPU", "no nvcc"):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,61 @@
+"""Applies every planted fault to a copy of the project and runs the tests on it: each must be caught.
+
+    python tests/mutants/run.py [name ...]        (make mutants)
+
+A mutant is a patch under tests/mutants/<op>/. Prints the test that caught it; exits non-zero when one survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).parents[2]
+# What a compiled or Python fault should hit first; compile and installation tests do not look at values.
+TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
+LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
+
+
+def catch(patch: Path, directory: Path) -> str | None:
+    """The id of the first test that fails on the mutant, or None."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "report", "__pycache__", ".*_cache")
+    copy = directory / "project"
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
+    environment = os.environ | {"PYTHONPATH": str(copy), "FSS_KERNELS_BUILD": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
+    if "csrc/" in patch.read_text().splitlines()[0]:
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *TESTS, *LATER]
+    result = subprocess.run(pytest, cwd=copy, env=environment, capture_output=True, text=True)
+    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if result.returncode not in (0, 1) or (result.returncode == 1 and not failed):
+        return f"crash: pytest ended with {result.returncode}" if result.returncode < 0 else None
+    return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else None
+
+
+def main(names: list[str]) -> int:
+    """Runs the mutants of those names, or all."""
+    patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or p.stem in names)
+    table = Table("op", "planted fault", "caught by")
+    survived = 0
+    for patch in tqdm(patches, desc="mutants"):
+        with tempfile.TemporaryDirectory() as directory:
+            caught = catch(patch, Path(directory))
+        survived += caught is None
+        table.add_row(patch.parent.name, patch.stem, caught or "[red]SURVIVED[/red]")
+    Console(width=180).print(table)
+    print(f"mutants: {len(patches)} planted, {len(patches) - survived} caught, {survived} survived")
+    return 1 if survived or not patches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

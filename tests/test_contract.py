@@ -1,0 +1,93 @@
+"""What the README promises of every op: exact errors, empties, dtypes of masks, backends, the public signature."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from conftest import SPECS, ids
+
+import fss_kernels
+from fss_kernels import _library, testing
+
+BAD = [pytest.param(spec, bad, id=f"{spec.name}-{bad.id}") for spec in SPECS for bad in spec.bad_inputs()]
+SIGNATURES = {
+    "masked_avg_pool": "(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",
+}
+
+
+@pytest.mark.parametrize("spec, bad", BAD)
+def test_bad_input(spec, bad):
+    with pytest.raises(bad.error, match=f"^{re.escape(bad.message)}$"):
+        spec.function(*bad.args, **bad.options)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_public_signature(spec):
+    signature = inspect.signature(spec.function)
+    bare = signature.replace(
+        parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
+        return_annotation=signature.empty,
+    )
+    assert str(bare) == SIGNATURES[spec.name]
+    assert getattr(fss_kernels, spec.name) is spec.function
+    for word in ("Args:", "Returns:", "Raises:", "Example:", "Cost:", "Source"):
+        assert word in spec.function.__doc__
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_empty_batch(spec, backend):
+    sample = next(iter(spec.samples()))
+    tensors = {k: t[:0] for k, t in spec.cast(sample, torch.float32).items()}
+    names = testing.differentiable_names(spec, tensors)
+    with fss_kernels.use_backend(backend):
+        outputs, grads = testing.gradients(spec.function, tensors, sample.options, names)
+    full = spec.function(*spec.cast(sample, torch.float32).values(), **sample.options)
+    assert outputs[0].shape == (0, *full.shape[1:])
+    assert [g.shape for g in grads] == [tensors[n].shape for n in names]
+
+
+def test_use_backend_errors():
+    names = ", ".join(_library.BACKENDS)
+    with pytest.raises(ValueError, match=f"^use_backend: name must be one of {names}, got 'fast'$"):
+        fss_kernels.use_backend("fast").__enter__()
+    reason = re.escape(_library.unavailable["triton"])
+    with pytest.raises(RuntimeError, match=f"^use_backend: backend 'triton' is not available: {reason}$"):
+        fss_kernels.use_backend("triton").__enter__()
+
+
+def test_use_backend_nests_and_restores():
+    assert _library.forced_backend() is None
+    with fss_kernels.use_backend("reference"):
+        with fss_kernels.use_backend("cpp"):
+            assert _library.forced_backend() == "cpp"
+        assert _library.forced_backend() == "reference"
+    assert _library.forced_backend() is None
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_backend_is_really_used(spec, monkeypatch):
+    """Forcing a backend runs that backend in forward and backward, and the default on CPU is the compiled one."""
+    sample = next(iter(spec.samples()))
+    tensors = spec.cast(sample, torch.float32)
+    names = testing.differentiable_names(spec, tensors)
+    used = []
+    for name, backend in spec.op.backends.items():
+
+        def spy(direction, run, name=name):
+            return lambda *args: (used.append((name, direction)), run(*args))[1]
+
+        spied = _library.Backend(spy("f", backend.forward), spy("b", backend.backward), backend.devices)
+        monkeypatch.setitem(spec.op.backends, name, spied)
+    for forced, expected in (("reference", "reference"), ("cpp", "cpp"), (None, "cpp")):
+        used.clear()
+        with fss_kernels.use_backend(forced):
+            outputs = spec.function(*(t.requires_grad_(n in names) for n, t in tensors.items()), **sample.options)
+        outputs.sum().backward()  # outside the block
+        assert used == [(expected, "f"), (expected, "b")]
+
+
+def test_meta_tensors_have_shapes():
+    out = fss_kernels.masked_avg_pool(torch.empty(2, 3, 8, 8, device="meta"), torch.empty(2, 9, 9, device="meta"))
+    assert out.shape == (2, 3) and out.device.type == "meta"

@@ -1,0 +1,90 @@
+"""First and second derivatives against finite differences, in float64; gradients that nobody asked for are not computed."""
+
+import pytest
+import torch
+from conftest import SMALL, SPECS, ids
+
+import fss_kernels
+from fss_kernels import testing
+
+CASES = [
+    pytest.param(spec, backend, sample, id=f"{spec.name}-{backend}-{sample.id}")
+    for spec, sample in SMALL
+    for backend in testing.backends(spec.op)
+]
+
+
+def leaves(spec, sample):
+    tensors = spec.cast(sample, torch.float64)
+    names = testing.differentiable_names(spec, tensors)
+    free = [tensors[n].requires_grad_() for n in names]
+
+    def call(*values):
+        return spec.function(*{**tensors, **dict(zip(names, values, strict=True))}.values(), **sample.options)
+
+    return call, free
+
+
+@pytest.mark.parametrize("spec, backend, sample", CASES)
+def test_gradcheck(spec, backend, sample):
+    call, free = leaves(spec, sample)
+    with fss_kernels.use_backend(backend):
+        assert torch.autograd.gradcheck(call, free, fast_mode=sum(f.numel() for f in free) > 300)
+
+
+@pytest.mark.parametrize("spec, backend, sample", CASES)
+def test_gradgradcheck(spec, backend, sample):
+    call, free = leaves(spec, sample)
+    with fss_kernels.use_backend(backend):
+        assert torch.autograd.gradgradcheck(call, free, fast_mode=True)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_second_derivative_is_not_silently_linear(spec):
+    """d/dx of the squared norm of the first derivative, against the same through the reference formula."""
+    sample = next(s for s in spec.samples() if not s.large)
+    results = []
+    for function in (spec.function, spec.reference):
+        tensors = spec.cast(sample, torch.float64)
+        free = [tensors[n].requires_grad_() for n in testing.differentiable_names(spec, tensors)]
+        outputs = function(*tensors.values(), **sample.options)
+        first = torch.autograd.grad(outputs.pow(4).sum(), free, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), free)
+        third = torch.autograd.grad(
+            sum(g.pow(3).sum() for g in torch.autograd.grad(
+                function(*tensors.values(), **sample.options).pow(4).sum(), free, create_graph=True)), free
+        )
+        results.append([*second, *third])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
+        assert wanted.abs().max() > 0
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_only_wanted_gradients_are_computed(spec, recorded_ops):
+    sample = next(iter(spec.samples()))
+    for wanted in spec.differentiable:
+        tensors = spec.cast(sample, torch.float32)
+        tensors[wanted].requires_grad_()
+        with recorded_ops() as recorder:
+            spec.function(*tensors.values(), **sample.options).sum().backward()
+        name, arguments = recorder.calls[-1]
+        assert name == f"fss::{spec.name}_bwd"
+        assert list(arguments[-len(tensors) :]) == [n == wanted for n in tensors]
+        assert tensors[wanted].grad is not None
+        assert all(t.grad is None for n, t in tensors.items() if n != wanted)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_gradients_not_wanted_have_no_elements(spec):
+    """The raw backward op returns nothing for a gradient whose flag is false."""
+    sample = next(iter(spec.samples()))
+    tensors = spec.cast(sample, torch.float32)
+    arguments = spec.arguments(*tensors.values(), **sample.options)
+    inputs, n_out = arguments[: spec.op.tensors], spec.op.outputs
+    results = spec.op.fwd(*arguments)
+    for backend in testing.backends(spec.op):
+        for flags in ([False] * len(inputs), [i == 0 for i in range(len(inputs))]):
+            with fss_kernels.use_backend(backend):
+                grads = spec.op.bwd(*results[:n_out], *inputs, *results[n_out:], *arguments[len(inputs) :], *flags)
+            assert [g.numel() > 0 for g in grads] == list(flags)

@@ -1,0 +1,65 @@
+"""Every spec x backend x dtype x layout x sample against float64, forward and gradients, on NaN-poisoned memory."""
+
+import pytest
+import torch
+from conftest import BACKENDS, SPECS, ids
+
+from fss_kernels import testing
+
+CASES = [
+    pytest.param(spec, backend, dtype, layout, sample, id=f"{spec.name}-{backend}-{ids(dtype)}-{layout}-{sample.id}")
+    for spec, backend in BACKENDS
+    for dtype in testing.DTYPES
+    for layout in testing.LAYOUTS
+    for sample in testing.cases(spec, layout)
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("spec, backend, dtype, layout, sample", CASES)
+def test_matches_float64(spec, backend, dtype, layout, sample):
+    results = testing.evaluate(spec, sample, backend, dtype, layout)
+    assert results
+    for _, comparison in results:
+        assert comparison.passed, comparison.message
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=ids)
+def test_dtypes_and_memory_format(spec, dtype):
+    """Outputs and gradients have the dtype of what they belong to; a feature gradient keeps its memory format."""
+    sample = next(iter(spec.samples()))
+    for layout in ("contiguous", "channels_last"):
+        tensors = {k: testing.LAYOUTS[layout](t) for k, t in spec.cast(sample, dtype).items()}
+        names = testing.differentiable_names(spec, tensors)
+        outputs, grads = testing.gradients(spec.function, tensors, sample.options, names)
+        assert {o.dtype for o in outputs} == {dtype}
+        for name, grad in zip(names, grads, strict=True):
+            assert grad.dtype == tensors[name].dtype and grad.shape == tensors[name].shape
+            if name in spec.features:
+                assert grad.stride() == tensors[name].stride()
+
+
+def test_rule_catches_what_it_is_for():
+    """The comparison rule itself: a bf16 accumulator, one outlier, a bias, a NaN and a wrong shape all fail."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(64, 4096, generator=generator, dtype=torch.float64).to(torch.bfloat16).double()
+    oracle = x.mean(1)
+    exact = oracle.to(torch.bfloat16)
+    plain, plain32 = x.to(torch.bfloat16).mean(1), x.float().mean(1)
+
+    def passed(actual: torch.Tensor) -> bool:
+        return testing.compare(actual, oracle, plain, "forward", plain32).passed
+
+    assert passed(exact)
+    low_precision = torch.zeros(64, dtype=torch.bfloat16)
+    for column in x.to(torch.bfloat16).unbind(1):
+        low_precision = low_precision + column / 4096
+    assert not passed(low_precision)
+    assert not passed(exact * 1.02)
+    assert not passed(torch.where(torch.arange(64) == 3, exact * 1.1, exact))
+    assert not passed(torch.where(torch.arange(64) == 3, torch.nan, exact))
+    assert not passed(exact[:-1])
+    assert not testing.compare(oracle.float() * (1 + 1e-5), oracle, plain32, "forward").passed
+    with pytest.raises(AssertionError, match=r"worst at \(3,\)"):
+        testing.check(torch.where(torch.arange(64) == 3, 2.0, exact), oracle, plain, "forward", plain32, "label")

@@ -1,0 +1,81 @@
+"""The registered ops: opcheck in every layout, with and without gradients, on empties; fakes on permuted inputs."""
+
+import pytest
+import torch
+from conftest import SPECS, ids, sample_of
+from torch.library import opcheck
+
+from fss_kernels import testing
+
+OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def raw_arguments(spec, sample, dtype, layout, requires_grad):
+    tensors = {k: testing.LAYOUTS[layout](t).detach() for k, t in spec.cast(sample, dtype).items()}
+    for name in testing.differentiable_names(spec, tensors) if requires_grad else ():
+        tensors[name].requires_grad_()
+    return spec.arguments(*tensors.values(), **sample.options)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_opcheck(spec, layout, requires_grad):
+    sample = next(s for s in spec.samples() if not s.large)
+    arguments = raw_arguments(spec, sample, torch.float32, layout, requires_grad)
+    assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}
+
+    results = [r.detach() for r in spec.op.fwd(*arguments)]
+    n_in, n_out = spec.op.tensors, spec.op.outputs
+    grads = [torch.ones_like(r).requires_grad_(requires_grad) for r in results[:n_out]]
+    for needs in ((True,) * n_in, (True,) + (False,) * (n_in - 1), (False,) * (n_in - 1) + (True,)):
+        backward = (*grads, *arguments[:n_in], *results[n_out:], *arguments[n_in:], *needs)
+        assert set(opcheck(spec.op.bwd, backward, test_utils=OPCHECK).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=ids)
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_fake_agrees(spec, dtype):
+    """Fake results have the shapes, dtypes and strides of real ones, in every layout and for every sample."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for layout in testing.LAYOUTS:
+        for sample in spec.samples():
+            if sample.large:
+                continue
+            arguments = raw_arguments(spec, sample, dtype, layout, False)
+            real = spec.op.fwd(*arguments)
+            n_in, n_out = spec.op.tensors, spec.op.outputs
+            backward = (*real[:n_out], *arguments[:n_in], *real[n_out:], *arguments[n_in:])
+            backward += tuple(a.is_floating_point() for a in arguments[:n_in])
+            real = (*real, *spec.op.bwd(*backward))
+            with FakeTensorMode() as mode:
+                def fake(args, mode=mode):
+                    return [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+
+                results = (*spec.op.fwd(*fake(arguments)), *spec.op.bwd(*fake(backward)))
+            for r, f in zip(real, results, strict=True):
+                assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_raw_op_is_differentiable(spec):
+    """torch.ops.fss.<op>_fwd called directly has the gradients of the public function."""
+    sample = next(iter(spec.samples()))
+    arguments = raw_arguments(spec, sample, torch.float64, "contiguous", True)
+    free = [a for a in arguments[: spec.op.tensors] if a.requires_grad]
+    raw = torch.autograd.grad(spec.op.fwd(*arguments)[0].pow(2).sum(), free)
+    public = torch.autograd.grad(spec.function(*arguments[: spec.op.tensors], **sample.options).pow(2).sum(), free)
+    for r, p in zip(raw, public, strict=True):
+        torch.testing.assert_close(r, p, rtol=0, atol=0)
+
+
+def test_gradient_rules_never_return_silent_zeros():
+    """A raw backward op keeps its graph: its own derivatives are those of the formula."""
+    spec = next(s for s in SPECS if s.name == "masked_avg_pool")
+    x, mask, *options = raw_arguments(spec, sample_of(spec, "soft"), torch.float64, "contiguous", True)
+    pooled, resized, area = (r.detach() for r in spec.op.fwd(x, mask, *options))
+    grad = torch.ones_like(pooled).requires_grad_()
+    grad_x, _ = spec.op.bwd(grad, x, mask, resized, area, *options, True, True)
+    (wanted,) = torch.autograd.grad((grad_x * grad_x.detach()).sum(), grad)
+    assert wanted.abs().max() > 0

@@ -1,0 +1,77 @@
+"""``fss-kernels``: what `info` says, and that `verify` fails when something is wrong or nothing was tested."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import SPECS, sample_of
+
+from fss_kernels import __main__, _library, testing
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """One small sample, one layout, one dtype."""
+    spec = SPECS[0]
+    small = dataclasses.replace(spec, samples=lambda: [sample_of(spec, "soft")])
+    monkeypatch.setattr(testing, "specs", lambda: {spec.name: small})
+    monkeypatch.setattr(testing, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(testing, "LAYOUTS", {"contiguous": testing.LAYOUTS["contiguous"]})
+    return spec
+
+
+def test_info(capsys):
+    assert __main__.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for op in _library.ops:
+        assert op in out
+    for reason in _library.unavailable.values():
+        assert reason in out
+
+
+def test_verify_passes(few_rows, capsys):
+    assert __main__.main(["verify"]) == 0
+    out = capsys.readouterr().out
+    assert "2 rows, all within bounds" in out and "grad_mask" in out
+
+
+def test_verify_fails_on_a_wrong_kernel(few_rows, monkeypatch, capsys):
+    backend = few_rows.op.backends["cpp"]
+    wrong = _library.Backend(lambda *a: [r * 1.0001 for r in backend.forward(*a)], backend.backward, backend.devices)
+    monkeypatch.setitem(few_rows.op.backends, "cpp", wrong)
+    assert __main__.main(["verify"]) == 1
+    assert "times the allowed" in capsys.readouterr().out
+
+
+def test_verify_fails_on_a_wrong_gradient(few_rows, monkeypatch, capsys):
+    backend = few_rows.op.backends["cpp"]
+    wrong = _library.Backend(backend.forward, lambda *a: [r * 1.0001 for r in backend.backward(*a)], backend.devices)
+    monkeypatch.setitem(few_rows.op.backends, "cpp", wrong)
+    assert __main__.main(["verify"]) == 1
+    assert "grad_features: error" in capsys.readouterr().out
+
+
+def test_verify_fails_on_no_cases(few_rows, monkeypatch, capsys):
+    spec = dataclasses.replace(testing.specs()[few_rows.name], samples=lambda: [])
+    monkeypatch.setattr(testing, "specs", lambda: {spec.name: spec})
+    assert __main__.main(["verify"]) == 1
+    assert "0 cases" in capsys.readouterr().out
+
+
+def test_verify_fails_without_a_gradient(few_rows, monkeypatch, capsys):
+    """A gradient that no sample exercises is a failure, not a pass."""
+    spec = dataclasses.replace(testing.specs()[few_rows.name], samples=lambda: [sample_of(few_rows, "bool-mask")])
+    monkeypatch.setattr(testing, "specs", lambda: {spec.name: spec})
+    assert __main__.main(["verify"]) == 1
+    assert "grad_mask: 0 cases" in capsys.readouterr().out
+
+
+def test_verify_fails_on_only_exact_zeros(few_rows, monkeypatch, capsys):
+    monkeypatch.setattr(testing, "evaluate", lambda *_: [("output 0", testing.Comparison(0.0, True, ""))])
+    assert __main__.main(["verify"]) == 1
+    assert "only exact zeros" in capsys.readouterr().out
+
+
+def test_verify_fails_without_rows(monkeypatch):
+    monkeypatch.setattr(testing, "specs", dict)
+    assert __main__.main(["verify"]) == 1
