@@ -57,7 +57,7 @@ def run(
         _say(f"run: unknown ops {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         return 2
     path = Path(out) if out else RESULTS / f"{environment.machine_slug()}.json"
-    rounds = min(rounds, 4) if quick else rounds
+    rounds = min(rounds, 3) if quick else rounds
     threads = environment.cores()
     plan = measure.Plan(
         tuple(ops or known), tuple(dtypes), tuple(sizes), tuple(exclude), quick, tiny, rounds, repeats, seed, threads
@@ -97,6 +97,8 @@ def _finish(results: dict[str, Any], path: Path) -> int:
     for record in results.get("peers", []):
         if record["error"] is not None and record["optional"]:
             _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")
+    for note in results.get("notes", []):
+        _say(f"not to be trusted: {note}")
     for failure in results["failures"]:
         _say(f"FAILED: {failure}")
     if results["failures"]:

@@ -278,14 +278,17 @@ def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
     return {"min": low, "p20": p20, "median": median, "p80": p80}
 
 
-def summarise(prepared: Prepared, samples: Mapping[str, Mapping[int, list[float]]]) -> tuple[list[dict], list[str]]:
-    """Entries of the result file for one row, and what fails the run.
+def summarise(
+    prepared: Prepared, samples: Mapping[str, Mapping[int, list[float]]]
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Entries of the result file for one row, wrong numerics, and speeds above the roof.
 
     Ratios and fractions of the roof are medians over rounds of values of the same round, so that a machine that slows
     down for a while slows both sides.
     """
     row, cost = prepared.row, prepared.cost
-    failures = [f"{row.id} {v.message}" for v in prepared.verdicts.values() if v.message]
+    wrong = [f"{row.id} {v.message}" for v in prepared.verdicts.values() if v.message]
+    impossible = []
     by_round = {p: {n: float(np.median(s)) for n, s in visits.items()} for p, visits in samples.items()}
     rates = {
         kind: {n: prepared.buffers[0].nbytes / s for n, s in by_round.get(f"ceiling:{kind}", {}).items()}
@@ -325,12 +328,13 @@ def summarise(prepared: Prepared, samples: Mapping[str, Mapping[int, list[float]
                 entry["roof_fraction"] = paired(provider, lambda n, s: floor(n) / s)
                 entry["ratio_to_ours"] = paired(provider, lambda n, s: s / by_round[OURS][n])
                 if entry["roof_fraction"] > ROOF_SLACK:
-                    failures.append(
+                    impossible.append(
                         f"{row.id} {provider}: {entry['roof_fraction']:.0%} of the measured roof (up to "
-                        f"{ROOF_SLACK:.0%} is measurement noise): bytes are miscounted or inputs were in a cache"
+                        f"{ROOF_SLACK:.0%} is measurement noise): bytes are miscounted, inputs were in a cache or the "
+                        "machine was busy"
                     )
         entries.append(entry)
-    return entries, failures
+    return entries, wrong, impossible
 
 
 class Session:
@@ -351,6 +355,7 @@ class Session:
             for r in self.peers
             if r["error"] is not None and not r["optional"]
         ]
+        self.notes: list[str] = []
         self.prepared: Prepared | None = None
         self.samples: dict[str, dict[int, list[float]]] = {}
         torch.set_num_threads(plan.threads)
@@ -371,9 +376,11 @@ class Session:
     def close_row(self) -> None:
         """Summarises the current row."""
         if self.prepared is not None:
-            entries, failures = summarise(self.prepared, self.samples)
+            entries, wrong, impossible = summarise(self.prepared, self.samples)
             self.entries += entries
-            self.failures += failures
+            self.failures += wrong
+            # a few calls beside a busy neighbour prove nothing: a quick run only says so
+            (self.notes if self.plan.quick or self.plan.tiny else self.failures).extend(impossible)
         self.prepared, self.samples = None, {}
         gc.collect()
 
@@ -387,6 +394,7 @@ class Session:
             "ceilings": {"before": self.before, "after": after, "read_pattern": self.ceilings.pattern},
             "rows": self.entries,
             "failures": self.failures,
+            "notes": self.notes,
         }
 
 

@@ -142,7 +142,7 @@ def _(tensors, options):
     return _window_average
 
 
-@peer("masked_avg_pool", "bmm", "copies transposed gradients in training and has no NaN rule", _is_bilinear)
+@peer("masked_avg_pool", "bmm", "returns the gradient transposed in memory and has no NaN rule", _is_bilinear)
 def _(tensors, options):
     return _bmm
 
@@ -187,6 +187,6 @@ def _(tensors, options):
     return _compiled(_panet)
 
 
-@peer("masked_avg_pool", "adjoint-bmm", "copies transposed gradients in training and has no NaN rule", _is_adjoint)
+@peer("masked_avg_pool", "adjoint-bmm", "returns the gradient transposed in memory and has no NaN rule", _is_adjoint)
 def _(tensors, options):
     return _adjoint_bmm

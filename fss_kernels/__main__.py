@@ -22,7 +22,9 @@ def _devices() -> list[str]:
 
 def info(console: Console) -> int:
     """Prints versions, the op x backend table and the reason for every backend that cannot run."""
-    console.print(f"fss_kernels {fss_kernels.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}")
+    console.print(
+        f"fss_kernels {fss_kernels.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
+    )
     console.print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", end="")
     console.print(f", CPU kernels for {_library.cpu_isa()}" if _library.cpu_isa() else "")
     table = Table("op", "device", "default", *_library.BACKENDS)
@@ -69,7 +71,9 @@ def verify(console: Console) -> int:
             wrong += [f"{where} {n}: 0 cases" for n in expected - set(parts)]
             ratios = ", ".join(f"{n} {max(c.ratio for c in part):.2f}" for n, part in parts.items())
             state = "[red]FAILED[/red]" if wrong else "ok"
-            table.add_row(spec.name, backend, str(dtype).removeprefix("torch."), layout, str(len(results)), ratios, state)
+            table.add_row(
+                spec.name, backend, str(dtype).removeprefix("torch."), layout, str(len(results)), ratios, state
+            )
             failures += wrong
     console.print(table)
     for message in failures:

@@ -59,10 +59,10 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
                         arguments[i] = value
                     return formula(*arguments, *statistics, *options)
 
-                _, vjp = torch.func.vjp(outputs_of, *(differentiated[i] for i in wanted))
+                vjp: Callable[..., Any] = torch.func.vjp(outputs_of, *(differentiated[i] for i in wanted))[1]
                 return vjp(given[0] if n_out == 1 else tuple(given))
 
-            results, vjp = torch.func.vjp(gradients, *grads, *(tensors[i] for i in free))
+            results, vjp = torch.func.vjp(gradients, *grads, *(tensors[i] for i in free))  # type: ignore[misc]
             second = vjp(tuple(_zeros_for_none([grad_grads[i] for i in wanted], results)))
             by_tensor = dict(zip(free, second[n_out:], strict=True))
             return (

@@ -113,7 +113,9 @@ class Op:
         torch.library.register_vmap(f"fss::{self.name}_fwd", forward, lib=_fss)
         torch.library.register_vmap(f"fss::{self.name}_bwd", backward, lib=_fss)
 
-    def register_autograd(self, forward: type[torch.autograd.Function], backward: type[torch.autograd.Function]) -> None:
+    def register_autograd(
+        self, forward: type[torch.autograd.Function], backward: type[torch.autograd.Function]
+    ) -> None:
         """Makes the raw ops differentiable by the rules of the two Functions: never a silent zero."""
         for suffix, function in (("fwd", forward), ("bwd", backward)):
             torch.library.register_autograd(

@@ -1,4 +1,4 @@
-"""What the tests, ``fss-kernels verify`` and the benchmarks share: specs of ops, samples, layouts and one comparison rule.
+"""What tests, ``fss-kernels verify`` and benchmarks share: specs of ops, samples, layouts and one comparison rule.
 
 The rule (`compare`): inputs are rounded to their dtype first; against a float64 oracle, the error of an op may be k
 times the error of the plain PyTorch formula in the same dtype (k = 2 forward, 3 backward) plus a floor, in the maximum

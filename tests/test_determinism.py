@@ -13,7 +13,9 @@ BIG_ENOUGH = ("many-pixels", "many-rows", "streamed")
 
 def results(spec, sample, dtype, layout):
     tensors = {k: testing.LAYOUTS[layout](t) for k, t in spec.cast(sample, dtype).items()}
-    outputs, grads = testing.gradients(spec.function, tensors, sample.options, testing.differentiable_names(spec, tensors))
+    outputs, grads = testing.gradients(
+        spec.function, tensors, sample.options, testing.differentiable_names(spec, tensors)
+    )
     return [*outputs, *grads]
 
 

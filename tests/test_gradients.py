@@ -1,4 +1,4 @@
-"""First and second derivatives against finite differences, in float64; gradients that nobody asked for are not computed."""
+"""First and second derivatives against finite differences in float64; no gradient that nobody asked for."""
 
 import pytest
 import torch
@@ -51,8 +51,13 @@ def test_second_derivative_is_not_silently_linear(spec):
         first = torch.autograd.grad(outputs.pow(4).sum(), free, create_graph=True)
         second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), free)
         third = torch.autograd.grad(
-            sum(g.pow(3).sum() for g in torch.autograd.grad(
-                function(*tensors.values(), **sample.options).pow(4).sum(), free, create_graph=True)), free
+            sum(
+                g.pow(3).sum()
+                for g in torch.autograd.grad(
+                    function(*tensors.values(), **sample.options).pow(4).sum(), free, create_graph=True
+                )
+            ),
+            free,
         )
         results.append([*second, *third])
     for ours, wanted in zip(*results, strict=True):

@@ -64,4 +64,6 @@ def test_gradient_of_more_than_2_31_elements(channels_last):
     result, _ = op(grad, x, mask, mask, area, 0.0, "bilinear", True, True, False)
     assert result.is_contiguous(memory_format=memory_format)
     for channel, factor in ((0, 1.0), (channels // 2, 1.0), (channels - 1, 3.0)):
-        torch.testing.assert_close(result[0, channel], (mask[0, 0] * factor / area.item()).bfloat16(), rtol=8e-3, atol=0)
+        torch.testing.assert_close(
+            result[0, channel], (mask[0, 0] * factor / area.item()).bfloat16(), rtol=8e-3, atol=0
+        )

@@ -50,6 +50,7 @@ def test_fake_agrees(spec, dtype):
             backward += tuple(a.is_floating_point() for a in arguments[:n_in])
             real = (*real, *spec.op.bwd(*backward))
             with FakeTensorMode() as mode:
+
                 def fake(args, mode=mode):
                     return [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
 

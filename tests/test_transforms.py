@@ -110,9 +110,9 @@ def test_forward_mode_raises(spec):
     def call(value):
         return spec.function(*{**tensors, names[0]: value}.values(), **sample.options)
 
-    with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
         torch.func.jvp(call, (x,), (torch.ones_like(x),))
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"):
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
         call(forward_ad.make_dual(x, torch.ones_like(x)))
 
 

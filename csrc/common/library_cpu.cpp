@@ -15,7 +15,8 @@ std::string build_info() {
 #elif defined(__GNUC__)
          "gcc "
 #endif
-         __VERSION__ + ", instruction sets " + (FSS_X86_VARIANTS ? "generic avx2 avx512" : "generic");
+         __VERSION__ +
+         ", instruction sets " + (FSS_X86_VARIANTS ? "generic avx2 avx512" : "generic");
 }
 
 std::string cpu_isa_name() { return kIsaNames[int(cpu_isa())]; }

@@ -19,7 +19,8 @@
 namespace fss {
 namespace masked_avg_pool {
 
-// Resizes B*M images (task = image). Interpolation matrix R(source -> target); `transposed` applies R(target -> source)^T.
+// Resizes B*M images (task = image). Interpolation matrix R(source -> target); `transposed` applies R(target ->
+// source)^T.
 struct ResizeArgs {
   const void* source;  // columns contiguous
   int64_t stride_b, stride_m, stride_h;
@@ -34,25 +35,25 @@ struct PoolArgs {
   int64_t batch, masks, channels, pixels;
   double eps;
   const void* features;
-  bool channels_last;                  // rows are pixels (row = stride_n) instead of channels (row = stride_c)
+  bool channels_last;  // rows are pixels (row = stride_n) instead of channels (row = stride_c)
   int64_t stride_b, stride_row;
-  const void* weights;                 // w, dense (B, M, N), accumulation type
-  void* area;                          // (B, M), accumulation type
-  void* pooled;                        // (B, M, C), features' type
-  const void* grad;                    // gradient of pooled
-  void* grad_features;                 // dense, same layout as features
-  bool stream;                         // write grad_features past the caches
-  void* moments;                       // (B, M, N): sum_c grad x, then the gradient to w
+  const void* weights;  // w, dense (B, M, N), accumulation type
+  void* area;           // (B, M), accumulation type
+  void* pooled;         // (B, M, C), features' type
+  const void* grad;     // gradient of pooled
+  void* grad_features;  // dense, same layout as features
+  bool stream;          // write grad_features past the caches
+  void* moments;        // (B, M, N): sum_c grad x, then the gradient to w
 };
 
-constexpr int64_t kRows = 8;             // rows of x handled together: as many streams as keep memory busy
-constexpr int64_t kPrefetchLines = 4;    // of each of the next kRows rows: a stream is slow to start
-constexpr int64_t kBlock = 64;           // pixels: granularity at which pixels without weight are skipped
-constexpr int64_t kRun = 512;            // columns of a dot product between two second-level additions
-constexpr int64_t kColumns = 1024;       // pixels of one task, mask gradient on planes
-constexpr int64_t kRowsPerLevel = 64;    // rows accumulated between two second-level additions
-constexpr int64_t kSlab = 256;           // channels of one task, channels_last forward
-constexpr int64_t kPixelTask = 64;       // pixels of one task, channels_last backward
+constexpr int64_t kRows = 8;           // rows of x handled together: as many streams as keep memory busy
+constexpr int64_t kPrefetchLines = 4;  // of each of the next kRows rows: a stream is slow to start
+constexpr int64_t kBlock = 64;         // pixels: granularity at which pixels without weight are skipped
+constexpr int64_t kRun = 512;          // columns of a dot product between two second-level additions
+constexpr int64_t kColumns = 1024;     // pixels of one task, mask gradient on planes
+constexpr int64_t kRowsPerLevel = 64;  // rows accumulated between two second-level additions
+constexpr int64_t kSlab = 256;         // channels of one task, channels_last forward
+constexpr int64_t kPixelTask = 64;     // pixels of one task, channels_last backward
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -585,8 +586,7 @@ void moments_channels_last(const PoolArgs& args, int64_t begin, int64_t end) {
     for (int64_t n = n0; n < n1; n += kRows) {
       const T* rows[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
-        rows[r] =
-            static_cast<const T*>(args.features) + b * args.stride_b + std::min(n + r, n1 - 1) * args.stride_row;
+        rows[r] = static_cast<const T*>(args.features) + b * args.stride_b + std::min(n + r, n1 - 1) * args.stride_row;
       }
       dot_rows<T, false>(rows, grad.data(), padded, args.masks, spans, total);
       for (int64_t m = 0; m < args.masks; ++m) {

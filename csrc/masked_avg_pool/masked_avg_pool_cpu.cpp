@@ -27,9 +27,9 @@ Resize resize_mode(const std::string& resize, bool align_corners) {
 void check_inputs(const Tensor& features, const Tensor& mask) {
   STD_TORCH_CHECK(features.dim() == 4 && mask.dim() == 4 && features.size(0) == mask.size(0), kOp,
                   ": expected features (B, C, H, W) and mask (B, M, h, w)");
-  STD_TORCH_CHECK(features.size(1) > 0 && features.size(2) > 0 && features.size(3) > 0 && mask.size(2) > 0 &&
-                      mask.size(3) > 0,
-                  kOp, ": channels, grid and mask grid must not be empty");
+  STD_TORCH_CHECK(
+      features.size(1) > 0 && features.size(2) > 0 && features.size(3) > 0 && mask.size(2) > 0 && mask.size(3) > 0, kOp,
+      ": channels, grid and mask grid must not be empty");
 }
 
 PoolArgs pool_args(const Rows& features, const Tensor& resized, const Tensor& area, double eps) {
@@ -58,15 +58,14 @@ void resize(const Tensor& source, const Tensor& target, const Resize& mode, bool
   dispatch_mask(source.scalar_type(), kOp, [&](auto s) {
     dispatch_floating(target.scalar_type(), kOp, [&](auto d) {
       const auto run = FSS_FOR_ISA(masked_avg_pool::resize<typename decltype(s)::type, typename decltype(d)::type>);
-      const int64_t work = transposed ? args.source_height * args.source_width
-                                      : args.target_height * args.target_width;
+      const int64_t work = transposed ? args.source_height * args.source_width : args.target_height * args.target_width;
       parallel_tasks(target.size(0) * target.size(1), work, [&](int64_t begin, int64_t end) { run(args, begin, end); });
     });
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps, std::string resize_name,
-                                                       bool align_corners) {
+std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps,
+                                                       std::string resize_name, bool align_corners) {
   check_inputs(features, mask);
   const Resize mode = resize_mode(resize_name, align_corners);
   const ScalarType dtype = features.scalar_type(), accumulate = accumulate_dtype(dtype);
@@ -119,16 +118,15 @@ std::tuple<Tensor, Tensor> masked_avg_pool_bwd(Tensor grad, Tensor features, Ten
     args.grad_features = grad_features.mutable_data_ptr();
     args.stream = grad_features.numel() * int64_t(grad_features.element_size()) >= kStreamBytes;
   }
-  const Tensor moments = empty(features, {need_mask ? batch : 0, masks, resized.size(2), resized.size(3)},
-                               accumulate_dtype(dtype));
+  const Tensor moments =
+      empty(features, {need_mask ? batch : 0, masks, resized.size(2), resized.size(3)}, accumulate_dtype(dtype));
   args.moments = moments.mutable_data_ptr();
   dispatch_floating(dtype, kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     if (need_features) {
       const auto run = FSS_FOR_ISA(masked_avg_pool::grad_features<T>);
       const int64_t tasks = masked_avg_pool::grad_features_tasks(args);
-      parallel_tasks(tasks, grad_features.numel() / tasks,
-                     [&](int64_t begin, int64_t end) { run(args, begin, end); });
+      parallel_tasks(tasks, grad_features.numel() / tasks, [&](int64_t begin, int64_t end) { run(args, begin, end); });
     }
     if (need_mask) {
       const auto run = FSS_FOR_ISA(masked_avg_pool::moments<T>);

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 ROOT = Path(__file__).parents[2]
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
@@ -24,8 +24,13 @@ TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "te
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
 
 
-def catch(patch: Path, directory: Path) -> str | None:
+def catch(patch: Path) -> str | None:
     """The id of the first test that fails on the mutant, or None."""
+    with tempfile.TemporaryDirectory() as directory:
+        return _catch(patch, Path(directory))
+
+
+def _catch(patch: Path, directory: Path) -> str | None:
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "report", "__pycache__", ".*_cache")
     copy = directory / "project"
     shutil.copytree(ROOT, copy, ignore=ignored)
@@ -47,9 +52,9 @@ def main(names: list[str]) -> int:
     patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or p.stem in names)
     table = Table("op", "planted fault", "caught by")
     survived = 0
-    for patch in tqdm(patches, desc="mutants"):
-        with tempfile.TemporaryDirectory() as directory:
-            caught = catch(patch, Path(directory))
+    for patch, caught in zip(
+        patches, thread_map(catch, patches, max_workers=os.cpu_count(), desc="mutants"), strict=True
+    ):
         survived += caught is None
         table.add_row(patch.parent.name, patch.stem, caught or "[red]SURVIVED[/red]")
     Console(width=180).print(table)

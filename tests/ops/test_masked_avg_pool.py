@@ -34,7 +34,7 @@ def weights_by_loops(source: int, target: int, resize: str, align_corners: bool)
             position = i * (source - 1) / (target - 1) if target > 1 else 0.0
         else:
             position = max((i + 0.5) * source / target - 0.5, 0.0)
-        low = min(int(math.floor(position + 1e-12)), source - 1)
+        low = min(math.floor(position + 1e-12), source - 1)
         fraction = max(position - low, 0.0)
         weights[i, low] += 1 - fraction
         weights[i, min(low + 1, source - 1)] += fraction
@@ -48,11 +48,17 @@ def pool_by_loops(x: np.ndarray, mask: np.ndarray, eps: float, resize: str, alig
     for b, m in itertools.product(range(batch), range(masks)):
         resized = np.zeros((height, width))
         if resize == "adjoint":
-            rows, columns = weights_by_loops(height, h, "b", align_corners), weights_by_loops(width, w, "b", align_corners)
+            rows, columns = (
+                weights_by_loops(height, h, "b", align_corners),
+                weights_by_loops(width, w, "b", align_corners),
+            )
             for i, j, y, z in itertools.product(range(height), range(width), range(h), range(w)):
                 resized[i, j] += rows[y, i] * columns[z, j] * mask[b, m, y, z]
         else:
-            rows, columns = weights_by_loops(h, height, resize, align_corners), weights_by_loops(w, width, resize, align_corners)
+            rows, columns = (
+                weights_by_loops(h, height, resize, align_corners),
+                weights_by_loops(w, width, resize, align_corners),
+            )
             for i, j, y, z in itertools.product(range(height), range(width), range(h), range(w)):
                 resized[i, j] += rows[i, y] * columns[j, z] * mask[b, m, y, z]
         for c in range(channels):
@@ -215,7 +221,21 @@ def test_float16_sums_do_not_overflow(backend, memory_format):
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=["nchw", "nhwc"])
 def test_half_rounding_of_gradients(backend, memory_format):
     """Ties to even, subnormals, overflow to infinity and NaN, through the gradient of a one-pixel pooling."""
-    values = [1.0, 1.00390625, 1.01171875, 65504.0, 65519.0, 65520.0, 6e-8, 2.9e-8, 1e-7, -3.3e-5, 0.0, math.inf, math.nan]
+    values = [
+        1.0,
+        1.00390625,
+        1.01171875,
+        65504.0,
+        65519.0,
+        65520.0,
+        6e-8,
+        2.9e-8,
+        1e-7,
+        -3.3e-5,
+        0.0,
+        math.inf,
+        math.nan,
+    ]
     for dtype in (torch.float16, torch.bfloat16):
         g = torch.tensor(values, dtype=torch.float32).repeat(5)
         mask = torch.full((1, 1, 1, 1), 1.0)
@@ -252,3 +272,10 @@ def test_readme_derivation_of_the_mask_gradient():
     p = (x * r).sum(1) / d
     t = g @ x
     torch.testing.assert_close((t - (r * t).sum() / d) / d, (g[:, None] * (x - p[:, None])).sum(0) / d)
+
+
+def test_module():
+    x, mask = torch.randn(2, 5, 8, 8), torch.rand(2, 20, 20)
+    module = fss_kernels.nn.MaskedAvgPool(eps=0.1, resize="adjoint", align_corners=False)
+    assert torch.equal(module(x, mask), masked_avg_pool(x, mask, eps=0.1, resize="adjoint", align_corners=False))
+    assert not list(module.parameters()) and "eps=0.1, resize='adjoint'" in repr(module)

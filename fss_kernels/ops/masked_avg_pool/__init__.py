@@ -49,8 +49,8 @@ def masked_avg_pool(
     weight, features are not read.
 
     Raises:
-        TypeError: ``features`` or ``mask`` is no tensor or has an unsupported dtype; ``eps`` is no number, ``resize`` no
-            string, ``align_corners`` no bool.
+        TypeError: ``features`` or ``mask`` is no tensor or has an unsupported dtype; ``eps`` is no number,
+            ``resize`` no string, ``align_corners`` no bool.
         ValueError: wrong rank, different batch sizes or devices, no channels or pixels, negative or infinite ``eps``,
             unknown ``resize``.
 

@@ -97,4 +97,3 @@ def _formula(
 
 
 call = _autograd.differentiable(op, _formula)
-

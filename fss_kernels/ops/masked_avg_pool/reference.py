@@ -59,7 +59,7 @@ def masked_avg_pool_fwd(
     """The forward op: pooled (B, M, C), resized mask (B, M, H, W), its area (B, M)."""
     dtype = accumulate_dtype(features)
     x = features.to(dtype)
-    resized = resize_mask(mask.to(dtype), *features.shape[-2:], resize, align_corners)
+    resized = resize_mask(mask.to(dtype), features.shape[-2], features.shape[-1], resize, align_corners)
     area = resized.sum((2, 3))
     sums = [(_counted(x, r) * r[:, None]).sum((2, 3)) for r in resized.unbind(1)]
     pooled = _divide(torch.stack(sums, 1) if sums else x.new_empty(x.shape[0], 0, x.shape[1]), area[..., None] + eps)
@@ -86,9 +86,7 @@ def masked_avg_pool_bwd(
         grad_features = torch.einsum("bmc,bmhw->bchw", g, resized).to(features.dtype)
     if need_mask:
         x = features.to(resized.dtype)
-        moments = [
-            (_counted(x, r) * g[:, m, :, None, None]).sum(1) for m, r in enumerate(resized.unbind(1))
-        ]  # t / d
+        moments = [(_counted(x, r) * g[:, m, :, None, None]).sum(1) for m, r in enumerate(resized.unbind(1))]  # t / d
         t = torch.stack(moments, 1) if moments else torch.zeros_like(resized)
         grad_resized = t - _divide((resized * t).sum((2, 3)), denominator[..., 0])[..., None, None]
         h, w = mask.shape[-2:]

@@ -101,19 +101,15 @@ def _bad_inputs() -> Iterator[BadInput]:
 
     yield bad("features-list", TypeError, "features must be a torch.Tensor, got list", [1.0], mask)
     yield bad("features-int", TypeError, f"features must have dtype {dtypes}, got int64", x.long(), mask)
-    yield bad("features-complex", TypeError, f"features must have dtype {dtypes}, got complex64", x.cfloat(), mask)
+    yield bad(
+        "features-complex", TypeError, f"features must have dtype {dtypes}, got complex64", x.to(torch.complex64), mask
+    )
     yield bad("features-rank", ValueError, "features must have shape (B, C, H, W), got (3, 4, 4)", x[0], mask)
     yield bad("mask-none", TypeError, "mask must be a torch.Tensor, got NoneType", x, None)
-    yield bad(
-        "mask-int", TypeError, f"mask must have dtype {dtypes}, bool, uint8, got int64", x, mask.long()
-    )
-    yield bad(
-        "mask-rank", ValueError, "mask must have shape (B, M, h, w) or (B, h, w), got (8, 8)", x, mask[0, 0]
-    )
+    yield bad("mask-int", TypeError, f"mask must have dtype {dtypes}, bool, uint8, got int64", x, mask.long())
+    yield bad("mask-rank", ValueError, "mask must have shape (B, M, h, w) or (B, h, w), got (8, 8)", x, mask[0, 0])
     yield bad("batch", ValueError, "mask must have the batch size of features, 2, got 1", x, mask[:1])
-    yield bad(
-        "device", ValueError, "mask must be on the device of features, cpu, got meta", x, mask.to("meta")
-    )
+    yield bad("device", ValueError, "mask must be on the device of features, cpu, got meta", x, mask.to("meta"))
     yield bad("no-channels", ValueError, "features has no channels or pixels, got shape (2, 0, 4, 4)", x[:, :0], mask)
     yield bad("no-pixels", ValueError, "features has no channels or pixels, got shape (2, 3, 4, 0)", x[..., :0], mask)
     yield bad("mask-no-pixels", ValueError, "mask has no pixels, got shape (2, 1, 0, 8)", x, mask[:, :, :0])
@@ -154,7 +150,7 @@ def _cost(sample: Sample, dtype: torch.dtype, mode: str) -> Cost:
 
 def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
     """The resized masks and their areas."""
-    _, mask, *_ = _arguments(**sample.tensors)
+    _, mask, *_ = _arguments(sample.tensors["features"], sample.tensors["mask"])
     grid = sample.tensors["features"].shape[2:].numel()
     return mask.shape[0] * mask.shape[1] * (grid + 1) * (8 if dtype == torch.float64 else 4)
 
