@@ -48,9 +48,10 @@ mutants: .venv/installed
 	$(PY) tests/mutants/run.py
 
 lint: .venv/installed
-	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh') || \
-	  .venv/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
 
 clean:
 	rm -rf .venv build report *.egg-info fss_kernels/*.so fss_kernels/_build_info.json

@@ -196,14 +196,14 @@ def main(arguments: list[str] | None = None) -> int:
         special = set()
         for i, parameter in enumerate(inspect.signature(function).parameters.values()):
             if isinstance(parameter.default, bool):
-                command.add_argument(f"--{parameter.name}", action="store_true")
+                command.add_argument(f"--{parameter.name.replace('_', '-')}", action="store_true")
             elif isinstance(parameter.default, tuple):
                 many = {"nargs": "*"} if i == 0 else {"nargs": "+", "default": list(parameter.default)}
                 command.add_argument(parameter.name if i == 0 else f"--{parameter.name}", type=str, **many)
             else:
                 continue
             special.add(parameter.name)
-        command.add_function_arguments(function, as_positional=True, skip=special)
+        command.add_function_arguments(function, as_group=False, as_positional=True, skip=special)
         commands.add_subcommand(name, command)
     chosen = parser.parse_args(arguments)
     return functions[chosen.subcommand](**chosen[chosen.subcommand].as_dict())

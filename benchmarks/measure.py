@@ -319,7 +319,7 @@ def summarise(
             "scratch_bytes": prepared.scratch_bytes,
             **dict.fromkeys(("gbps", "gflops", "roof_fraction", "ratio_to_ours")),
         }
-        if provider in samples and not prepared.refused:
+        if samples.get(provider) and not prepared.refused and not (verdict and verdict.message):
             seconds = [s for visit in samples[provider].values() for s in visit]
             entry["seconds"] = {**_quantiles(seconds), "samples": len(seconds)}
             entry["gbps"] = entry["bytes"] / entry["seconds"]["median"] * 1e-9

@@ -1,0 +1,319 @@
+"""The benchmarks refuse wrong numbers and impossible speeds, and their reports show what was measured."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import environment, measure, peers, report, targets
+from fss_kernels import testing
+
+OPS = tuple(testing.specs())
+PLAN = measure.Plan(OPS, tiny=True, exclude=("*compile*",))
+ROWS = measure.rows(PLAN)[:2] + measure.rows(PLAN)[-2:]
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """A few rotating buffers are enough where no time counts."""
+    monkeypatch.setattr(measure, "cache_bytes", lambda: 1)
+
+
+def eager_peers(row: measure.Row) -> list[peers.Peer]:
+    usable, _ = peers.resolve(row.op)
+    return [p for p in usable if "compile" not in p.name]
+
+
+def fake_samples(prepared: measure.Prepared, ours: float = 1.0, peer: float = 2.0) -> dict:
+    """Two rounds in which the ceilings move the row's bytes in half a second."""
+    seconds = {measure.OURS: ours, "ceiling:read": 0.5, "ceiling:copy": 0.5, "ceiling:write": 0.5}
+    names = [*prepared.verdicts, "ceiling:read", "ceiling:copy", "ceiling:write"]
+    return {name: {n: [seconds.get(name, peer)] * 3 for n in range(2)} for name in names}
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A small result file of every row: all peers twice as slow as ours, ours at half of the roof."""
+    entries = []
+    for row in ROWS:
+        prepared = measure.Prepared(row, eager_peers(row))
+        rows, wrong, impossible = measure.summarise(prepared, fake_samples(prepared))
+        assert not wrong and not impossible
+        entries += rows
+    ceilings = {"read_gbps": 50.0, "copy_gbps": 60.0, "write_gbps": 40.0, "fma_gflops": 200.0}
+    return {
+        **environment.environment(),
+        "plan": dataclasses.asdict(PLAN),
+        "peers": [record for op in OPS for record in peers.resolve(op)[1]],
+        "ceilings": {"before": ceilings, "after": ceilings, "read_pattern": 0},
+        "rows": entries,
+        "failures": [],
+        "notes": [],
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_peers_compute_the_op(row):
+    names = {p.name for p in eager_peers(row)}
+    prepared = measure.Prepared(row, eager_peers(row))
+    assert names and {n: v.message for n, v in prepared.verdicts.items() if v.message} == {}
+    assert set(prepared.calls) - {measure.OURS} == {p.name for p in eager_peers(row) if p.applies(row.arguments)}
+
+
+def test_every_op_has_peers_for_every_size():
+    for op in OPS:
+        for size in testing.specs()[op].sizes.values():
+            assert any(p.applies(size) for p in peers.registry[op]), (op, size)
+        assert len({p.name for p in peers.registry[op]}) == len(peers.registry[op])
+
+
+@pytest.mark.parametrize("row", ROWS[:2], ids=lambda row: row.id)
+def test_a_wrong_kernel_gets_no_speed(row, tmp_path, capsys):
+    spec = testing.specs()[row.op]
+    wrong = dataclasses.replace(spec, function=lambda *args, **options: spec.function(*args, **options) * 1.001)
+    prepared = measure.Prepared(row, eager_peers(row), wrong)
+    entries, messages, _ = measure.summarise(prepared, fake_samples(prepared))
+    assert len(messages) == 1 and measure.OURS in messages[0] and "times the allowed" in messages[0]
+    assert [e["seconds"] for e in entries] == [None] * len(entries)
+    assert not entries[0]["correct"]
+    out = tmp_path / "results.json"
+    assert command._finish({"rows": entries, "peers": [], "failures": messages}, out) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed and " ms " not in printed
+    assert not out.exists() and (tmp_path / "results.json.failed").exists()
+
+
+def test_a_wrong_or_crashing_peer_gets_no_speed():
+    row = ROWS[0]
+    good = eager_peers(row)[0]
+
+    def crash(*args, **options):
+        raise RuntimeError("out of order")
+
+    shifted = dataclasses.replace(
+        good, name="wrong", build=lambda t, o: lambda *a, **k: good.build(t, o)(*a, **k) + 0.1
+    )
+    crashing = dataclasses.replace(good, name="crashing", build=lambda t, o: crash)
+    prepared = measure.Prepared(row, [good, shifted, crashing])
+    entries, messages, _ = measure.summarise(prepared, fake_samples(prepared))
+    assert set(prepared.calls) == {measure.OURS, good.name}
+    assert [e["provider"] for e in entries if not e["seconds"]] == ["wrong", "crashing"]
+    assert len(messages) == 2 and "relative error" in messages[0] and "RuntimeError: out of order" in messages[1]
+    assert {e["provider"]: e["correct"] for e in entries if e["correct"] is not None} == {
+        measure.OURS: True, good.name: True, "wrong": False, "crashing": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS[:2], ids=lambda row: row.id)
+def test_a_speed_above_the_roof_is_refused(row):
+    prepared = measure.Prepared(row, eager_peers(row))
+    reading = prepared.buffers[0].nbytes / 0.5
+    floor = prepared.cost.bytes / reading  # both ceilings are equal here
+    for factor, expected in ((1.02, 0), (1.05, 1)):
+        samples = fake_samples(prepared, ours=floor / factor, peer=2.0)
+        entries, wrong, impossible = measure.summarise(prepared, samples)
+        assert entries[0]["roof_fraction"] == pytest.approx(factor)
+        assert (len(wrong), len(impossible)) == (0, expected)
+    session = measure.Session.__new__(measure.Session)
+    for plan, failed in ((measure.Plan(OPS), True), (measure.Plan(OPS, quick=True), False)):
+        session.plan, session.entries, session.failures, session.notes = plan, [], [], []
+        session.prepared, session.samples = prepared, samples
+        session.close_row()
+        assert [bool(session.failures), bool(session.notes)] == [failed, not failed]
+
+
+def test_ratios_pair_values_of_the_same_round():
+    row = ROWS[0]
+    prepared = measure.Prepared(row, eager_peers(row))
+    peer = next(iter(set(prepared.calls) - {measure.OURS}))
+    samples = fake_samples(prepared)
+    for provider in samples:  # the machine is three times slower in the second and third round
+        samples[provider] = {n: [s * slow for s in samples[provider][0]] for n, slow in enumerate((1, 3, 3))}
+    entries = {e["provider"]: e for e in measure.summarise(prepared, samples)[0]}
+    assert entries[peer]["ratio_to_ours"] == pytest.approx(2)
+    assert entries[measure.OURS]["roof_fraction"] == pytest.approx(0.5, rel=0.02)
+    assert entries[measure.OURS]["seconds"] == {"min": 1, "p20": 1, "median": 3, "p80": 3, "samples": 9}
+
+
+def test_providers_take_turns():
+    usable = {op: peers.resolve(op)[0] for op in OPS}
+    visits = measure.schedule(dataclasses.replace(PLAN, rounds=6), usable)
+    assert visits == measure.schedule(dataclasses.replace(PLAN, rounds=6), usable)
+    first = [v for v in visits if v.row == ROWS[0]]
+    assert visits[: len(first)] == first
+    rounds = [[v.provider for v in first if v.round == n] for n in range(6)]
+    assert [p for order in rounds for p in order] == [v.provider for v in first]
+    assert all(sorted(order) == sorted(rounds[0]) for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 1
+
+
+def test_extra_bytes_are_exact():
+    x = torch.ones(1000)
+
+    def call():
+        y = x + 1  # 4000
+        z = (y * 2).sum()  # 4000 more at the same time
+        del y
+        w = torch.empty(5000)  # 20000 on its own
+        del w
+        return z  # 4, not counted
+
+    assert measure.extra_bytes(call) == 20000
+
+
+def test_our_extra_memory_is_the_stated_scratch_memory():
+    for row in ROWS:
+        if row.mode == "forward":
+            prepared = measure.Prepared(row, [])
+            assert prepared.extra[measure.OURS] <= 1.05 * prepared.scratch_bytes, row.id
+
+
+def test_environment_names_commit_and_tree():
+    env = environment.environment()["environment"]
+    assert isinstance(env["clean"], bool) and (env["commit"] is None or len(env["commit"]) == 40)
+    assert {"cpu", "cores", "threads", "isa", "torch", "python", "compiler", "os", "allocator", "date"} <= set(env)
+    assert environment.machine_slug().replace("-", "").isalnum()
+
+
+def line(metric: str, bound: float, results: dict, key: str = "at_least") -> dict:
+    row = {k: results["rows"][0][k] for k in ("op", "size", "dtype", "mode")}
+    return {**row, "metric": metric, key: bound, "level": "must", "issue": "a line"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "key", "bound", "state"),
+    [
+        ("roof", "at_least", 0.4, "pass"),
+        ("roof", "at_least", 0.6, "SHORT"),
+        ("peer:fastest", "at_least", 1.9, "pass"),
+        ("peer:fastest", "at_least", 2.1, "SHORT"),
+        ("peer:nobody", "at_least", 1.0, "MISSING"),
+        ("extra_bytes", "at_most", 1.05, "pass"),
+        ("extra_bytes", "at_most", 0.01, "SHORT"),
+    ],
+)
+def test_check_judges_a_line(results, tmp_path, capsys, metric, key, bound, state):
+    file, lines = tmp_path / "results.json", tmp_path / "targets.toml"
+    measure.write_json(file, results)
+    fields = {**line(metric, bound, results, key), "short": "tried two things"}
+    lines.write_text("[[line]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
+    assert targets.evaluate(fields, results).state == state
+    arguments = ["check", str(file), "--lines", str(lines)]
+    assert command.main(arguments) == (0 if state == "pass" else 1)
+    printed = capsys.readouterr().out
+    assert state in printed and ("tried two things" in printed) == (state == "SHORT")
+    assert command.main([*arguments, "--allow-short"]) == (1 if state == "MISSING" else 0)
+
+
+def test_check_misses_rows_and_wrong_numbers(results):
+    wanted = line("roof", 0.1, results)
+    assert targets.evaluate({**wanted, "size": "another"}, results).state == "MISSING"
+    wrong = copy.deepcopy(results)
+    wrong["rows"][0]["correct"] = False
+    assert targets.evaluate(wanted, wrong).state == "MISSING"
+    with pytest.raises(ValueError, match="unknown metric 'speed'"):
+        targets.evaluate({**wanted, "metric": "speed"}, results)
+    assert targets.exit_code([], results, True) == 1
+    assert targets.exit_code([targets.evaluate(wanted, results)], {**results, "failures": ["x"]}, True) == 1
+
+
+def test_every_line_has_a_row_and_a_bound():
+    for wanted in targets.load():
+        spec = testing.specs()[wanted["op"]]
+        assert wanted["size"] in spec.sizes and wanted["mode"] in measure.MODES
+        assert ("at_least" in wanted) != ("at_most" in wanted)
+        kind, _, name = wanted["metric"].partition(":")
+        assert kind in ("roof", "extra_bytes") or name in {"fastest", *(p.name for p in peers.registry[wanted["op"]])}
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, capsys, optional):
+    def version() -> str:
+        raise ImportError("No module named 'absent'")
+
+    op = OPS[0]
+    absent = dataclasses.replace(peers.registry[op][0], name="absent", version=version, optional=optional)
+    monkeypatch.setitem(peers.registry, op, [*peers.registry[op], absent])
+    fake = SimpleNamespace(measure=dict, pattern=0, timers=dict)
+    monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: fake)
+    session = measure.Session(dataclasses.replace(PLAN, rounds=1, threads=torch.get_num_threads()))
+    assert "absent" not in {v.provider for v in session.visits}
+    found = {**results, **{k: v for k, v in session.results().items() if k in ("peers", "failures")}}
+    assert bool(found["failures"]) != optional
+    assert command._finish(found, tmp_path / "results.json") == (0 if optional else 1)
+    printed = capsys.readouterr().out
+    assert "No module named 'absent'" in printed and ("optional peer absent" in printed) == optional
+    outcomes = [targets.evaluate(line("roof", 0.1, results), found)]
+    assert targets.exit_code(outcomes, {**found, "failures": []}, False) == (0 if optional else 1)
+
+
+def test_report_shows_every_provider(results, tmp_path):
+    file, page = tmp_path / "results.json", tmp_path / "page" / "index.html"
+    measure.write_json(file, results)
+    assert command.main(["report", str(file), "--out", str(page)]) == 0
+    html = page.read_text()
+    assert html.count("<svg") == len(ROWS)
+    for entry in results["rows"]:
+        assert entry["provider"].removeprefix("ceiling:") in html and entry["size"] in html
+    assert str(results["environment"]["commit"]) in html and "src=" not in html and 'href="http' not in html
+
+
+def test_report_marks_a_peer_that_wins(results):
+    won = copy.deepcopy(results)
+    next(e for e in won["rows"] if e["provider"] not in (measure.OURS, "ceiling:read"))["ratio_to_ours"] = 0.9
+    assert report.render(won).count("faster than ours") == 1 and "faster than ours" not in report.render(results)
+
+
+def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert command.main(["readme", "--file", str(file)]) == 0
+    assert "skipped, no results" in capsys.readouterr().out
+    measure.write_json(tmp_path / "results" / "machine.json", results)
+    assert command.main(["readme", "--check", "--file", str(file)]) == 1
+    assert command.main(["readme", "--file", str(file)]) == 0
+    text = file.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert all(row.size in text for row in ROWS) and "| fastest peer |" in text
+    assert command.main(["readme", "--check", "--file", str(file)]) == 0
+    file.write_text("no markers")
+    capsys.readouterr()
+    assert command.main(["readme", "--check", "--file", str(file)]) == 0
+    assert "skipped" in capsys.readouterr().out and file.read_text() == "no markers"
+
+
+def test_run_refuses_unknown_ops(capsys):
+    assert command.main(["run", "nothing"]) == 2
+    assert "unknown ops nothing" in capsys.readouterr().out
+
+
+def test_numerics_need_no_command_line_packages():
+    import subprocess
+
+    code = "import sys, benchmarks.measure; print(sorted({'jsonargparse', 'matplotlib', 'jinja2'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_run_from_end_to_end(tmp_path, capsys):
+    out = tmp_path / "results.json"
+    spec = testing.specs()[OPS[0]]
+    size = next(iter(spec.sizes))
+    options = ["--tiny", "--sizes", size, "--exclude", "*compile*", "--rounds", "2", "--repeats", "2"]
+    assert command.main(["run", OPS[0], *options, "--out", str(out)]) == 0, capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["failures"] == [] and "clean" in found["environment"] and "commit" in found["environment"]
+    assert found["environment"]["allocator"] == environment.ALLOCATOR
+    assert found["environment"]["threads"] == environment.cores()
+    assert min(found["ceilings"][when]["read_gbps"] for when in ("before", "after")) > 0
+    assert {e["provider"] for e in found["rows"]} >= {measure.OURS, "ceiling:read", "ceiling:copy", "ceiling:write"}
+    assert {e["seconds"]["samples"] for e in found["rows"]} == {4}
+    assert "max_error" in found["rows"][0] and found["rows"][0]["correct"]
