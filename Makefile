@@ -16,7 +16,8 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-.venv/native: .venv/installed csrc/native.cpp
+# csrc/native.cpp is among the sources that .venv/installed depends on
+.venv/native: .venv/installed
 	FSS_KERNELS_BUILD=native $(PY) setup.py -q build_ext --inplace
 	@touch $@
 

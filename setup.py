@@ -118,6 +118,7 @@ def native() -> Extension:
     return Extension(
         "fss_kernels._native",
         ["csrc/native.cpp"],
+        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*.h")],
         include_dirs=["csrc", "csrc/common", pybind11.get_include()],
         extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", "-pthread"],
         extra_link_args=["-pthread"],

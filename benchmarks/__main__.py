@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from benchmarks import environment, measure, targets
+from benchmarks import ceilings, environment, measure, targets
 from fss_kernels import testing
 
 RESULTS = environment.ROOT / "benchmarks" / "results"
@@ -55,6 +55,11 @@ def run(
     known = testing.specs()
     if unknown := set(ops) - set(known):
         _say(f"run: unknown ops {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        return 2
+    try:
+        ceilings.native()
+    except RuntimeError as error:
+        _say(f"run: {error}")
         return 2
     path = Path(out) if out else RESULTS / f"{environment.machine_slug()}.json"
     rounds = min(rounds, 3) if quick else rounds
@@ -103,7 +108,7 @@ def _finish(results: dict[str, Any], path: Path) -> int:
         _say(f"FAILED: {failure}")
     if results["failures"]:
         path = path.with_name(path.name + ".failed")
-    measure.write_json(path, results)
+    environment.write_json(path, results)
     _say(f"{len(results['rows'])} entries -> {path}")
     return 1 if results["failures"] else 0
 
@@ -152,9 +157,9 @@ def report(file: str, out: str = "report/index.html") -> int:
         file: result file
         out: page to write
     """
-    from benchmarks.report import render, write_text
+    from benchmarks.report import render
 
-    write_text(out, render(json.loads(Path(file).read_text())))
+    environment.write_text(out, render(json.loads(Path(file).read_text())))
     _say(f"report -> {out}")
     return 0
 
@@ -166,7 +171,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         check: only compare; exit with 1 on a difference
         file: the README
     """
-    from benchmarks.report import readme_section, replace_section, write_text
+    from benchmarks.report import readme_section, replace_section
 
     committed = _committed()
     if not committed:
@@ -181,7 +186,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
     if check:
         _say("readme: up to date" if new == text else "readme: tables differ from the results; run `make readme`")
         return int(new != text)
-    write_text(file, new)
+    environment.write_text(file, new)
     _say(f"readme: tables of {len(committed)} machines -> {file}")
     return 0
 

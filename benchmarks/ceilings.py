@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -16,10 +17,9 @@ KINDS = ("read", "copy", "write")
 def native() -> ModuleType:
     """The developer's module with the ceilings."""
     try:
-        from fss_kernels import _native
+        return importlib.import_module("fss_kernels._native")
     except ImportError as error:
         raise RuntimeError("the ceilings need the module fss_kernels._native: run `make native`") from error
-    return _native
 
 
 def buffer(size: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -72,3 +73,17 @@ def environment() -> dict[str, Any]:
             "clean": bool(commit) and not _output("git", "status", "--porcelain", "--untracked-files=no"),
         },
     }
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes to a temporary name and renames, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """The same for JSON."""
+    write_text(path, json.dumps(data, indent=1) + "\n")

@@ -5,14 +5,16 @@ The timing itself is pytest-benchmark's (``suite/``); nothing here depends on py
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import gc
 import json
 import math
 import os
 import random
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,11 +145,26 @@ def _flat(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what native code writes to stderr; PyTorch's profiler announces every start and stop there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def extra_bytes(call: Callable[[], Any]) -> int:
     """Peak of the memory that a call allocates, without its result: every event of PyTorch's allocator, in order."""
     call()
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         result = call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
@@ -396,12 +413,3 @@ class Session:
             "failures": self.failures,
             "notes": self.notes,
         }
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Writes to a temporary name and renames, so that a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    temporary.replace(path)

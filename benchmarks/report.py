@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +63,14 @@ def _plot(row: dict[str, Any]) -> str:
     spread = [[m - e["seconds"]["p20"] * 1e3 for m, e in zip(medians, entries, strict=True)],
               [e["seconds"]["p80"] * 1e3 - m for m, e in zip(medians, entries, strict=True)]]  # fmt: skip
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": row["title"], "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(6, 0.8 + 0.32 * len(entries)), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6, 1.1 + 0.32 * len(entries)), layout="constrained")
         colours = ["#c2410c" if e["provider"] == OURS else "#94a3b8" for e in entries]
         axes.barh([e["provider"] for e in entries], medians, xerr=spread, color=colours, ecolor="#334155", capsize=2)
         axes.axvline(row["floor"] * 1e3, color="#15803d", linestyle="--", label="roof of this machine")
         if max(medians) > 30 * min(medians):
             axes.set_xscale("log")
         axes.set_xlabel("ms (median, p20 to p80)")
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside upper right", frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -98,12 +97,3 @@ def replace_section(text: str, section: str) -> str:
     if not begin or not end:
         raise ValueError(f"no {BEGIN} ... {END}")
     return f"{head}{BEGIN}\n{section.strip()}\n{END}{tail}"
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes to a temporary name and renames."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -201,7 +202,7 @@ def line(metric: str, bound: float, results: dict, key: str = "at_least") -> dic
 )
 def test_check_judges_a_line(results, tmp_path, capsys, metric, key, bound, state):
     file, lines = tmp_path / "results.json", tmp_path / "targets.toml"
-    measure.write_json(file, results)
+    environment.write_json(file, results)
     fields = {**line(metric, bound, results, key), "short": "tried two things"}
     lines.write_text("[[line]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
     assert targets.evaluate(fields, results).state == state
@@ -256,7 +257,7 @@ def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, ca
 
 def test_report_shows_every_provider(results, tmp_path):
     file, page = tmp_path / "results.json", tmp_path / "page" / "index.html"
-    measure.write_json(file, results)
+    environment.write_json(file, results)
     assert command.main(["report", str(file), "--out", str(page)]) == 0
     html = page.read_text()
     assert html.count("<svg") == len(ROWS)
@@ -277,7 +278,7 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert command.main(["readme", "--file", str(file)]) == 0
     assert "skipped, no results" in capsys.readouterr().out
-    measure.write_json(tmp_path / "results" / "machine.json", results)
+    environment.write_json(tmp_path / "results" / "machine.json", results)
     assert command.main(["readme", "--check", "--file", str(file)]) == 1
     assert command.main(["readme", "--file", str(file)]) == 0
     text = file.read_text()
@@ -295,9 +296,13 @@ def test_run_refuses_unknown_ops(capsys):
     assert "unknown ops nothing" in capsys.readouterr().out
 
 
-def test_numerics_need_no_command_line_packages():
-    import subprocess
+def test_run_says_how_to_get_the_ceilings(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fss_kernels._native", None)
+    assert command.main(["run", OPS[0]]) == 2
+    assert "run `make native`" in capsys.readouterr().out
 
+
+def test_numerics_need_no_command_line_packages():
     code = "import sys, benchmarks.measure; print(sorted({'jsonargparse', 'matplotlib', 'jinja2'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

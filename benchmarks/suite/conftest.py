@@ -7,8 +7,8 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from benchmarks.environment import environment
-from benchmarks.measure import Plan, Session, write_json
+from benchmarks.environment import environment, write_json
+from benchmarks.measure import Plan, Session
 
 SESSION = pytest.StashKey[Session]()
 BAR = pytest.StashKey[tqdm]()
