@@ -15,6 +15,10 @@
 #include <string>
 #include <thread>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 #define FSS_CORE "native.cpp"
 #include "common/each_isa.h"
 
@@ -26,15 +30,49 @@ namespace {
 template <class T>
 using array = py::array_t<T, py::array::c_style>;
 
+// Keeps the calling thread on the t-th of the processors it may use: two busy threads on one would measure half.
+class Pinned {
+ public:
+  explicit Pinned(int t) {
+#ifdef __linux__
+    sched_getaffinity(0, sizeof(before_), &before_);
+    t %= CPU_COUNT(&before_);
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (!CPU_ISSET(cpu, &before_) || t-- > 0) continue;
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(cpu, &one);
+      sched_setaffinity(0, sizeof(one), &one);
+      break;
+    }
+#else
+    (void)t;
+#endif
+  }
+  ~Pinned() {
+#ifdef __linux__
+    sched_setaffinity(0, sizeof(before_), &before_);
+#endif
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+ private:
+#ifdef __linux__
+  cpu_set_t before_;
+#endif
+};
+
 // Seconds from a common start until part(0) .. part(threads - 1), one a thread, have all returned.
 template <class F>
 double timed(int threads, const F& part) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   std::atomic<int> waiting{0}, finished{0};
   std::atomic<bool> go{false};
-  std::vector<std::thread> workers;
+  std::vector<std::thread> workers;  // started before this thread is pinned: they inherit what it may use
   for (int t = 1; t < threads; ++t) {
     workers.emplace_back([&, t] {
+      const Pinned pinned(t);
       ++waiting;
       while (!go) {
       }
@@ -42,6 +80,7 @@ double timed(int threads, const F& part) {
       ++finished;
     });
   }
+  const Pinned pinned(0);
   while (waiting < threads - 1) std::this_thread::yield();
   const auto start = std::chrono::steady_clock::now();
   go = true;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,17 @@ def _zeros_for_none(values: Sequence[torch.Tensor | None], like: Sequence[torch.
     return [torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)]
 
 
+def _below_autograd(raw: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Calls a raw op past its own autograd rule, which would cost 6 us where nothing is to be recorded."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return raw(*args)
+
+
+def _transformed() -> bool:
+    """Whether a functorch transform or a forward-mode level is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[..., Any]:
     """Returns ``call(*tensors, *options) -> outputs`` that records the op for autograd only when something needs it.
 
@@ -31,7 +43,7 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return op.bwd(*args)
+            return _below_autograd(op.bwd, args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -76,7 +88,7 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
 
         @staticmethod
         def forward(*args: Any) -> Any:
-            return op.fwd(*args)
+            return _below_autograd(op.fwd, args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -92,11 +104,10 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
             tensors, results, saved = kept[:n_in], kept[n_in : n_in + n_out], kept[n_in + n_out :]
             needs = tuple(ctx.needs_input_grad[:n_in])
             arguments = (*_zeros_for_none(grads[:n_out], results), *tensors, *saved, *ctx.options, *needs)
-            if ctx.backend is None:
-                gradients = Backward.apply(*arguments)
-            else:  # the autograd engine may run this in a thread that does not see the caller's use_backend
-                with _library.use_backend(ctx.backend):
-                    gradients = Backward.apply(*arguments)
+            differentiable_again = torch.is_grad_enabled() or _transformed()
+            # the autograd engine may run this in a thread that does not see the caller's use_backend
+            with _library.use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():
+                gradients = Backward.apply(*arguments) if differentiable_again else _below_autograd(op.bwd, arguments)
             return (
                 *(g if need else None for g, need in zip(gradients, needs, strict=True)),
                 *(None for _ in ctx.options),
@@ -111,15 +122,10 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():  # Dynamo traces the raw op, whose autograd rule is the same pair
             results = op.fwd(*args)
-        elif (
-            torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or (torch.is_grad_enabled() and any(t.requires_grad for t in args[:n_in]))
-        ):
+        elif _transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in args[:n_in])):
             results = Forward.apply(*args)
         else:
-            with torch._C._AutoDispatchBelowAutograd():  # the raw op's own autograd rule would cost 6 us
-                results = op.fwd(*args)
+            results = _below_autograd(op.fwd, args)
         return results[0] if n_out == 1 else results[:n_out]
 
     return call

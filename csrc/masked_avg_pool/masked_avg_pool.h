@@ -10,7 +10,7 @@
 //
 // Parallel decomposition: a task is a fixed piece of the output, so results do not depend on the number of threads.
 // Memory traffic: x is read once for all masks, 64-pixel blocks on which every mask is 0 are not read; the gradient
-// is written once. Accumulation: float (double for double), at most kRun terms per lane before a second level.
+// is written once. Accumulation: float (double for double), at most 256 terms per lane before a second level.
 // Limits: 64-bit offsets everywhere; columns of the mask contiguous.
 
 #ifndef FSS_MASKED_AVG_POOL_H
@@ -49,7 +49,7 @@ struct PoolArgs {
 constexpr int64_t kRows = 8;           // rows of x handled together: as many streams as keep memory busy
 constexpr int64_t kPrefetchLines = 4;  // of each of the next kRows rows: a stream is slow to start
 constexpr int64_t kBlock = 64;         // pixels: granularity at which pixels without weight are skipped
-constexpr int64_t kRun = 512;          // columns of a dot product between two second-level additions
+constexpr size_t kRowsAhead = 6;       // mask rows prefetched: a strided read of an image is all latency
 constexpr int64_t kColumns = 1024;     // pixels of one task, mask gradient on planes
 constexpr int64_t kRowsPerLevel = 64;  // rows accumulated between two second-level additions
 constexpr int64_t kSlab = 256;         // channels of one task, channels_last forward
@@ -78,6 +78,10 @@ namespace FSS_ISA {
 namespace masked_avg_pool {
 
 using namespace ::fss::masked_avg_pool;
+
+// Columns of a dot product between two second-level additions. Long runs keep the streams going; without AVX-512 each
+// mask reads its run of x again, so the run has to stay in L1.
+constexpr int64_t kRun = FSS_ISA_LEVEL == 2 ? 4096 : 512;
 
 // ---- resize ---------------------------------------------------------------------------------------------------------
 
@@ -115,7 +119,7 @@ void interpolate(const ResizeArgs& args, const S* source, D* target, const std::
     const Tap<A> row = rows[y];
     const S* low = source + row.low * args.stride_h;
     const S* high = low + args.stride_h;
-    const S* next = source + rows[std::min(y + 1, rows.size() - 1)].low * args.stride_h;
+    const S* next = source + rows[std::min(y + kRowsAhead, rows.size() - 1)].low * args.stride_h;
     for (const Tap<A>& column : columns) {
       __builtin_prefetch(next + column.low);
       A value = widen<A>(low[column.low]) * column.low_weight;

@@ -45,8 +45,10 @@ PoolArgs pool_args(const Rows& features, const Tensor& resized, const Tensor& ar
   return args;
 }
 
-// Resizes source (B, M, ., .) into the dense target (B, M, ., .).
-void resize(const Tensor& source, const Tensor& target, const Resize& mode, bool transposed) {
+// Resizes images [begin, end) of source (B, M, ., .) into the dense target (B, M, ., .), on the calling thread.
+using Resizer = std::pair<void (*)(const ResizeArgs&, int64_t, int64_t), ResizeArgs>;
+
+Resizer resizer(const Tensor& source, const Tensor& target, const Resize& mode, bool transposed) {
   ResizeArgs args{};
   args.source = source.const_data_ptr();
   args.stride_b = source.stride(0), args.stride_m = source.stride(1), args.stride_h = source.stride(2);
@@ -55,13 +57,17 @@ void resize(const Tensor& source, const Tensor& target, const Resize& mode, bool
   args.target_height = target.size(2), args.target_width = target.size(3);
   args.masks = target.size(1);
   args.nearest = mode.nearest, args.align_corners = mode.align_corners, args.transposed = transposed;
-  dispatch_mask(source.scalar_type(), kOp, [&](auto s) {
-    dispatch_floating(target.scalar_type(), kOp, [&](auto d) {
-      const auto run = FSS_FOR_ISA(masked_avg_pool::resize<typename decltype(s)::type, typename decltype(d)::type>);
-      const int64_t work = transposed ? args.source_height * args.source_width : args.target_height * args.target_width;
-      parallel_tasks(target.size(0) * target.size(1), work, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return dispatch_mask(source.scalar_type(), kOp, [&](auto s) {
+    return dispatch_floating(target.scalar_type(), kOp, [&](auto d) -> Resizer {
+      using S = typename decltype(s)::type;
+      using D = typename decltype(d)::type;
+      return {FSS_FOR_ISA(masked_avg_pool::resize<S, D>), args};
     });
   });
+}
+
+int64_t resize_work(const ResizeArgs& args) {
+  return args.transposed ? args.source_height * args.source_width : args.target_height * args.target_width;
 }
 
 std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps,
@@ -76,18 +82,33 @@ std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor m
   if (batch * masks == 0) return {pooled, resized, area};
 
   const Rows rows = as_rows(features);
-  resize(mask.stride(3) == 1 || mask.size(3) == 1 ? mask : torch::stable::contiguous(mask), resized, mode,
-         mode.adjoint);
+  const Tensor readable = mask.stride(3) == 1 || mask.size(3) == 1 ? mask : torch::stable::contiguous(mask);
+  const auto [resize, resize_args] = resizer(readable, resized, mode, mode.adjoint);
   PoolArgs args = pool_args(rows, resized, area, eps);
   args.pooled = pooled.mutable_data_ptr();
   dispatch_floating(dtype, kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     const auto sum_weights = FSS_FOR_ISA(masked_avg_pool::sum_weights<accumulate_t<T>>);
     const auto pool = FSS_FOR_ISA(masked_avg_pool::pool<T>);
-    parallel_tasks(batch * masks, args.pixels, [&](int64_t begin, int64_t end) { sum_weights(args, begin, end); });
-    const int64_t tasks = masked_avg_pool::pool_tasks(args);
-    parallel_tasks(tasks, batch * args.channels * args.pixels / tasks,
-                   [&](int64_t begin, int64_t end) { pool(args, begin, end); });
+    const int64_t tasks = masked_avg_pool::pool_tasks(args), per_sample = tasks / batch;
+    // Images [begin, end) and then tasks [begin, end); the pieces are the same whatever thread runs them.
+    const auto weigh = [&, run = resize, &a = resize_args](int64_t begin, int64_t end) {
+      run(a, begin, end);
+      sum_weights(args, begin, end);
+    };
+    if (batch >= 4 * int64_t(torch::stable::get_num_threads())) {
+      // Sample after sample: reading a mask is all latency, and another thread then has the memory to itself.
+      parallel_tasks(batch, args.channels * args.pixels, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          weigh(b * masks, (b + 1) * masks);
+          pool(args, b * per_sample, (b + 1) * per_sample);
+        }
+      });
+    } else {
+      parallel_tasks(batch * masks, resize_work(resize_args) + args.pixels, weigh);
+      parallel_tasks(tasks, batch * args.channels * args.pixels / tasks,
+                     [&](int64_t begin, int64_t end) { pool(args, begin, end); });
+    }
   });
   return {pooled, resized, area};
 }
@@ -136,7 +157,11 @@ std::tuple<Tensor, Tensor> masked_avg_pool_bwd(Tensor grad, Tensor features, Ten
       parallel_tasks(batch * masks, args.pixels, [&](int64_t begin, int64_t end) { finish(args, begin, end); });
     }
   });
-  if (need_mask) resize(moments, grad_mask, mode, !mode.adjoint);
+  if (need_mask) {
+    const auto [resize, resize_args] = resizer(moments, grad_mask, mode, !mode.adjoint);
+    parallel_tasks(batch * masks, resize_work(resize_args),
+                   [&, run = resize, &a = resize_args](int64_t begin, int64_t end) { run(a, begin, end); });
+  }
   return {grad_features, grad_mask};
 }
 

@@ -219,31 +219,16 @@ def test_float16_sums_do_not_overflow(backend, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=["nchw", "nhwc"])
-def test_half_rounding_of_gradients(backend, memory_format):
-    """Ties to even, subnormals, overflow to infinity and NaN, through the gradient of a one-pixel pooling."""
-    values = [
-        1.0,
-        1.00390625,
-        1.01171875,
-        65504.0,
-        65519.0,
-        65520.0,
-        6e-8,
-        2.9e-8,
-        1e-7,
-        -3.3e-5,
-        0.0,
-        math.inf,
-        math.nan,
-    ]
-    for dtype in (torch.float16, torch.bfloat16):
-        g = torch.tensor(values, dtype=torch.float32).repeat(5)
-        mask = torch.full((1, 1, 1, 1), 1.0)
-        # gradient = g / (area + eps) with area + eps = 1, g itself in the half dtype, scaled by the mask's weight
-        x = torch.zeros(1, g.numel(), 1, 1, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
-        masked_avg_pool(x, mask * 3, eps=0.0)[0, 0].backward(g.to(dtype))
-        wanted = (g.to(dtype).float() / 3 * 3).to(dtype)
-        torch.testing.assert_close(x.grad.flatten(), wanted, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_gradients_are_rounded_to_nearest_even(backend, dtype, memory_format):
+    """With area 1 the gradient is g * w, exact in float32 and rounded once: ties, subnormals, overflow, Inf and NaN."""
+    special = [1.0, 1.00390625, 1.01171875, 65504.0, 65520.0, 6e-8, 2.9e-8, 1e-7, -3.3e-5, 0.0, math.inf, math.nan]
+    g = torch.cat([torch.tensor(special), torch.randn(1000, generator=torch.Generator().manual_seed(0))]).to(dtype)
+    x = torch.zeros(1, g.numel(), 1, 2, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    mask = torch.tensor([0.375, 0.625]).view(1, 1, 1, 2)
+    masked_avg_pool(x, mask, eps=0.0)[0, 0].backward(g)
+    wanted = torch.stack([(g.float() * w).to(dtype) for w in (0.375, 0.625)], 1)
+    torch.testing.assert_close(x.grad[0, :, 0], wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("masks", [1, 2, 3, 8])

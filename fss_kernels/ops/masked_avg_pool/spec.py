@@ -134,18 +134,18 @@ def _benchmark_sample(
 
 
 def _cost(sample: Sample, dtype: torch.dtype, mode: str) -> Cost:
-    """Features read once (and their gradient written once); the mask pixels that are used, read once."""
-    x, mask = sample.tensors["features"], sample.tensors["mask"]
-    masks = mask.numel() // (mask.shape[0] * mask.shape[-1] * mask.shape[-2])
-    per_image = mask.shape[-2] * mask.shape[-1]
-    if sample.options.get("resize") != "adjoint":
-        per_image = min(per_image, 4 * x.shape[2] * x.shape[3])
+    """Features under some mask read once (and their gradient written once); the mask pixels that are used, read once."""
+    call: dict[str, Any] = {**sample.tensors, **sample.options}
+    features, mask, _, resize, align_corners = _arguments(**call)
+    resized = reference.resize_mask(mask.float(), features.shape[2], features.shape[3], resize, align_corners)
+    weighted = int((resized != 0).any(1).sum()) * features.shape[1]
+    used = mask[0, 0].numel() if resize == "adjoint" else min(mask[0, 0].numel(), resized[0, 0].numel())
     size = torch.empty(0, dtype=dtype).element_size()
-    reads = x.numel() * size + mask.shape[0] * masks * per_image * mask.element_size()
-    flops = 2 * masks * x.numel()
+    reads = weighted * size + mask.shape[0] * mask.shape[1] * used * mask.element_size()
+    flops = 2 * mask.shape[1] * features.numel()
     if mode == "forward":
         return Cost(reads, flops)
-    return Cost(reads + x.numel() * size, 2 * flops)
+    return Cost(reads + features.numel() * size, 2 * flops)
 
 
 def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
