@@ -134,7 +134,7 @@ def _benchmark_sample(
 
 
 def _cost(sample: Sample, dtype: torch.dtype, mode: str) -> Cost:
-    """Features under some mask read once (and their gradient written once); the mask pixels that are used, read once."""
+    """Features under a mask read once, their gradient written once, the mask pixels that are used read once."""
     call: dict[str, Any] = {**sample.tensors, **sample.options}
     features, mask, _, resize, align_corners = _arguments(**call)
     resized = reference.resize_mask(mask.float(), features.shape[2], features.shape[3], resize, align_corners)
