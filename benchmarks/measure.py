@@ -99,6 +99,7 @@ def rows(plan: Plan) -> list[Row]:
         spec = testing.specs()[op]
         for size in selected(spec.sizes, plan.sizes or ("*",)):
             arguments = dict(spec.sizes[size])
+            modes = arguments.pop("modes", MODES)
             if plan.tiny:
                 arguments = {k: math.isqrt(v) + 1 if isinstance(v, int) else v for k, v in arguments.items()}
             for dtype in plan.dtypes:
@@ -106,7 +107,7 @@ def rows(plan: Plan) -> list[Row]:
                     sample = spec.benchmark_sample(**arguments)
                     if spec.cost(sample, getattr(torch, dtype), "forward").bytes > QUICK_BYTES:
                         continue
-                result += [Row(op, size, dtype, mode, arguments) for mode in MODES]
+                result += [Row(op, size, dtype, mode, arguments) for mode in modes]
     return result
 
 

@@ -73,7 +73,7 @@ class Spec:
     differentiable: tuple[str, ...]
     samples: Callable[[], Iterable[Sample]]
     bad_inputs: Callable[[], Iterable[BadInput]]
-    sizes: dict[str, dict[str, Any]]  # benchmark sizes: label -> arguments of `benchmark_sample`
+    sizes: dict[str, dict[str, Any]]  # label -> arguments of `benchmark_sample`, and "modes" unless all are measured
     benchmark_sample: Callable[..., Sample]
     cost: Callable[[Sample, torch.dtype, str], Cost]  # mode "forward" or "forward+backward"
     scratch_bytes: Callable[[Sample, torch.dtype], int]  # extra memory of a forward call

@@ -168,7 +168,15 @@ SPEC = Spec(
     bad_inputs=_bad_inputs,
     sizes={
         "20x512x60x60": {"batch": 20, "channels": 512, "grid": 60, "image": 473},
-        "20x512x60x60-fg": {"batch": 20, "channels": 512, "grid": 60, "image": 473, "masks": 1},
+        # forward only: 80 % of the gradient is zeros, which some machines write faster than their measured ceiling
+        "20x512x60x60-fg": {
+            "batch": 20,
+            "channels": 512,
+            "grid": 60,
+            "image": 473,
+            "masks": 1,
+            "modes": ("forward",),
+        },  # fmt: skip
         "4x256x60x60": {"batch": 4, "channels": 256, "grid": 60, "image": 473},
         "1x512x53x53-adjoint": {"batch": 1, "channels": 512, "grid": 53, "image": 417, "resize": "adjoint"},
     },
