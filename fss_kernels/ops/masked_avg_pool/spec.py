@@ -176,7 +176,7 @@ SPEC = Spec(
             "image": 473,
             "masks": 1,
             "modes": ("forward",),
-        },  # fmt: skip
+        },
         "4x256x60x60": {"batch": 4, "channels": 256, "grid": 60, "image": 473},
         "1x512x53x53-adjoint": {"batch": 1, "channels": 512, "grid": 53, "image": 417, "resize": "adjoint"},
     },
