@@ -33,6 +33,7 @@ demo: .venv/installed .venv/native
 # Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
 test: .venv/installed .venv/native
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
 	set -e; for isa in $$($(PY) -c "from fss_kernels import _library as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); do \
 	  echo "== CPU kernels for $$isa"; \
 	  FSS_KERNELS_CPU_ISA=$$isa $(PY) -m pytest tests/test_numerics.py tests/test_determinism.py tests/ops; \

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -41,7 +44,21 @@ def info(console: Console) -> int:
     return 0
 
 
-def verify(console: Console) -> int:
+def _selection(backend: str, device: str) -> tuple[list[torch.dtype], list[str], int]:
+    """Dtypes, layouts and the largest sample that a backend is verified on."""
+    if backend == "triton" and device == "cpu":
+        # Interpreted, milliseconds a program. Its bfloat16 stores truncate: that dtype is checked on a GPU.
+        return [torch.float32, torch.float16], ["contiguous", "channels_last", "sliced"], 20_000
+    return [d for d in testing.DTYPES if device == "cpu" or d != torch.float64], list(testing.LAYOUTS), sys.maxsize
+
+
+def _verify_interpreted() -> int:
+    """Verifies the Triton kernels on the CPU: the interpreter has to be chosen when a process starts."""
+    command = [sys.executable, "-m", "fss_kernels", "verify", "--backend", "triton"]
+    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+
+
+def verify(console: Console, only: str | None = None) -> int:
     """Compares every op, backend, dtype and layout with float64, forward and gradients; 1 when anything fails."""
     table = Table("op", "backend", "dtype", "layout", "cases", "observed / allowed error", "")
     failures: list[str] = []
@@ -50,15 +67,16 @@ def verify(console: Console) -> int:
         for spec in testing.specs().values()
         for device in _devices()
         for backend in testing.backends(spec.op, device)
-        for dtype in testing.DTYPES
-        if device == "cpu" or dtype != torch.float64
-        for layout in testing.LAYOUTS
+        if only is None or backend == only
+        for dtype in _selection(backend, device)[0]
+        for layout in _selection(backend, device)[1]
     ]
     with Progress(console=console, transient=True) as progress:
         for spec, device, backend, dtype, layout in progress.track(rows, description="verify"):
             results = [
                 (name, comparison)
                 for sample in testing.cases(spec, layout)
+                if sum(t.numel() for t in sample.tensors.values()) <= _selection(backend, device)[2]
                 for name, comparison in testing.evaluate(spec, sample, backend, dtype, layout, device)
             ]
             wrong = [c.message for _, c in results if not c.passed]
@@ -79,16 +97,28 @@ def verify(console: Console) -> int:
     for message in failures:
         console.print(message, markup=False, soft_wrap=True)
     console.print(f"verify: {len(rows)} rows, " + (f"{len(failures)} failures" if failures else "all within bounds"))
-    return 1 if failures or not rows else 0
+    code = 1 if failures or not rows else 0
+    interpret = only is None and not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    if interpret and not _library.TRITON_INTERPRETED:
+        console.print("triton on the CPU, interpreted, in a process of its own:")
+        code = max(code, _verify_interpreted())
+    for op in _library.ops.values() if only is None else ():
+        if "cuda" in op.backends and not torch.cuda.is_available():
+            reason = op.why_not("cuda", "cuda")
+            console.print(
+                f"{op.name} cuda: compiled by the tests where nvcc is, not run here ({reason})", soft_wrap=True
+            )
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``fss-kernels`` command."""
     parser = argparse.ArgumentParser(prog="fss-kernels", description=__doc__)
     parser.add_argument("command", choices=["info", "verify"], help="show backends, or check numerics on this machine")
-    command = parser.parse_args(arguments).command
+    parser.add_argument("--backend", choices=_library.BACKENDS, help="verify only this backend")
+    chosen = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    return {"info": info, "verify": verify}[command](console)
+    return info(console) if chosen.command == "info" else verify(console, chosen.backend)
 
 
 if __name__ == "__main__":

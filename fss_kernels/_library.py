@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +19,10 @@ from typing import Any
 
 import torch
 
+from fss_kernels import _tuning
+
 BACKENDS = ("reference", "cpp", "cuda", "triton")
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COMPILED = {"cpp": ("_fss_cpu.so", "cpu"), "cuda": ("_fss_cuda.so", "cuda")}
 
 _fss = torch.library.Library("fss", "DEF")
@@ -58,16 +63,21 @@ for _backend, (_file, _) in _COMPILED.items():
         unavailable[_backend] = _reason
 if "cuda" not in unavailable and not torch.cuda.is_available():
     unavailable["cuda"] = "compiled, but PyTorch sees no CUDA device"
-unavailable["triton"] = "no Triton kernels in this version"
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton reads it when a kernel is decorated
+if importlib.util.find_spec("triton") is None:
+    unavailable["triton"] = "Triton is not installed"
+elif not TRITON_INTERPRETED and not torch.cuda.is_available():
+    unavailable["triton"] = "PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, very slowly"
 
 
 @dataclass
 class Backend:
-    """One implementation of an op on some device types (None: any)."""
+    """One implementation of an op, on some device types and for some dtypes of the features (None: any)."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
 
 
 @dataclass
@@ -101,7 +111,17 @@ class Op:
     def add_compiled(self, backend: str) -> None:
         """Declares that ``_fss_cpu.so`` or ``_fss_cuda.so`` implements this op."""
         fwd, bwd = (getattr(torch.ops.fss_cpp, f"{self.name}_{suffix}").default for suffix in ("fwd", "bwd"))
-        self.backends[backend] = Backend(fwd, bwd, (_COMPILED[backend][1],))
+        device = _COMPILED[backend][1]
+        self.backends[backend] = Backend(fwd, bwd, (device,), _GPU_DTYPES if device == "cuda" else None)
+
+    def add_triton(self, module: str) -> None:
+        """Declares Triton launchers ``<name>_fwd`` and ``<name>_bwd`` in a module that is imported on first use."""
+
+        def launcher(suffix: str) -> Callable[..., Any]:
+            return lambda *args: getattr(importlib.import_module(module), f"{self.name}_{suffix}")(*args)
+
+        devices = ("cpu", "cuda") if TRITON_INTERPRETED else ("cuda",)
+        self.backends["triton"] = Backend(launcher("fwd"), launcher("bwd"), devices, _GPU_DTYPES)
 
     def register_fake(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
         """Shapes, dtypes and strides of the results, without data."""
@@ -122,8 +142,8 @@ class Op:
                 f"fss::{self.name}_{suffix}", function.backward, setup_context=function.setup_context, lib=_fss
             )
 
-    def why_not(self, backend: str, device: str) -> str | None:
-        """Why ``backend`` cannot run this op on ``device``, or None when it can."""
+    def why_not(self, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+        """Why ``backend`` cannot run this op on ``device`` (with features of ``dtype``), or None when it can."""
         if backend in unavailable:
             return unavailable[backend]
         implementation = self.backends.get(backend)
@@ -131,18 +151,27 @@ class Op:
             return f"no {backend} kernel for {self.name} in this version"
         if implementation.devices is not None and device not in implementation.devices:
             return f"runs on {', '.join(implementation.devices)} tensors, not on {device}"
+        if dtype is not None and implementation.dtypes is not None and dtype not in implementation.dtypes:
+            return f"does not take {dtype}"
         return None
 
-    def default_backend(self, device: str) -> str:
-        """The fastest backend that has been verified on this kind of device."""
-        return "cpp" if device == "cpu" and self.why_not("cpp", device) is None else "reference"
+    def default_backend(self, device: str, features: torch.Tensor | None = None) -> str:
+        """The fastest backend for these features: measured on this GPU (`_tuning`), C++ on CPU, else the reference."""
+        dtype = None if features is None else features.dtype
+        if device == "cuda" and features is not None:
+            measured = _tuning.backend(self.name, torch.cuda.get_device_name(features.device), features.numel())
+            if measured is not None and self.why_not(measured, device, dtype) is None:
+                return measured
+        return "cpp" if device == "cpu" and self.why_not("cpp", device, dtype) is None else "reference"
 
     def _dispatcher(self, direction: str, device: str) -> Callable[..., Any]:
+        position = 0 if direction == "forward" else self.outputs  # of the features
+
         def run(*args: Any) -> Any:
             backend = _forced.get()
             if backend is None:
-                backend = self.default_backend(device)
-            elif (reason := self.why_not(backend, device)) is not None:
+                backend = self.default_backend(device, args[position])
+            elif (reason := self.why_not(backend, device, args[position].dtype)) is not None:
                 raise RuntimeError(f"{self.name}: backend {backend!r} is not available: {reason}")
             return getattr(self.backends[backend], direction)(*args)
 

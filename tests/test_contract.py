@@ -91,3 +91,17 @@ def test_backend_is_really_used(spec, monkeypatch):
 def test_meta_tensors_have_shapes():
     out = fss_kernels.masked_avg_pool(torch.empty(2, 3, 8, 8, device="meta"), torch.empty(2, 9, 9, device="meta"))
     assert out.shape == (2, 3) and out.device.type == "meta"
+
+
+def test_backend_table(monkeypatch):
+    """The committed table chooses by GPU, op and size; what nobody has measured is not in it."""
+    from fss_kernels import _tuning
+
+    assert _tuning.backend("masked_avg_pool", "no such GPU", 1000) is None
+    table = {"GPU A": {"masked_avg_pool": [[1000, "cuda"], [None, "triton"]]}}
+    monkeypatch.setattr(_tuning, "_backends", lambda: table)
+    _tuning.backend.cache_clear()
+    chosen = [_tuning.backend("masked_avg_pool", "GPU A", n) for n in (1, 1000, 1001)]
+    assert chosen == ["cuda", "cuda", "triton"]
+    assert _tuning.backend("masked_avg_pool", "GPU B", 1) is None
+    _tuning.backend.cache_clear()

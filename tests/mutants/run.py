@@ -39,7 +39,11 @@ def _catch(patch: Path, directory: Path) -> str | None:
     if "csrc/" in patch.read_text().splitlines()[0]:
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
-    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *TESTS, *LATER]
+    tests = [*TESTS, *LATER]
+    if "triton_kernels" in patch.read_text().splitlines()[0]:
+        environment["TRITON_INTERPRET"] = "1"
+        tests = ["tests/interpreted"]
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     result = subprocess.run(pytest, cwd=copy, env=environment, capture_output=True, text=True)
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if result.returncode not in (0, 1) or (result.returncode == 1 and not failed):

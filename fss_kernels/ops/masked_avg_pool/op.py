@@ -36,6 +36,7 @@ def _dense_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 op.backends["reference"] = _library.Backend(reference.masked_avg_pool_fwd, _dense_backward)
 op.add_compiled("cpp")
+op.add_triton("fss_kernels.ops.masked_avg_pool.triton_kernels")
 
 
 def _fwd_fake(features: Tensor, mask: Tensor, eps: float, resize: str, align_corners: bool) -> tuple[Tensor, ...]:

@@ -1,0 +1,115 @@
+"""The Triton kernels in the interpreter, where TRITON_INTERPRET=1 was set when the process started (make test)."""
+
+import pytest
+import torch
+from conftest import SPECS, ids, sample_of
+
+import fss_kernels
+from fss_kernels import _library, testing
+
+TRITON = [spec for spec in SPECS if "triton" in spec.op.backends]
+LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "expanded")
+CASES = [
+    pytest.param(spec, dtype, layout, sample, id=f"{spec.name}-{ids(dtype)}-{layout}-{sample.id}")
+    for spec in TRITON
+    for dtype in (torch.float32, torch.float16)  # the interpreter truncates bfloat16 stores
+    for sample in spec.samples()
+    if sum(t.numel() for t in sample.tensors.values()) <= 20_000
+    for layout in (LAYOUTS if dtype == torch.float32 else LAYOUTS[:2])
+]
+
+
+def test_there_are_cases():
+    assert _library.TRITON_INTERPRETED and CASES
+    assert all(spec.op.why_not("triton", "cpu") is None for spec in TRITON)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("spec, dtype, layout, sample", CASES)
+def test_matches_float64(spec, dtype, layout, sample):
+    for _, comparison in testing.evaluate(spec, sample, "triton", dtype, layout):
+        assert comparison.passed, comparison.message
+
+
+@pytest.mark.parametrize("spec", TRITON, ids=ids)
+def test_batch_neighbours_do_not_matter(spec):
+    """The split of the work depends on the sample, not on the batch: the same bits alone and together."""
+    sample = next(s for s in spec.samples() if s.id == "many-pixels")
+    tensors = spec.cast(sample, torch.float32)
+    names = testing.differentiable_names(spec, tensors)
+
+    def run(chosen):
+        held = {k: t.detach().requires_grad_(k in names) for k, t in chosen.items()}
+        out = spec.function(*held.values(), **sample.options)
+        (out * out.detach()).sum().backward()
+        return [out.detach(), *(held[n].grad for n in names)]
+
+    with fss_kernels.use_backend("triton"):
+        together = run(tensors)
+        alone = run({k: t[1:] for k, t in tensors.items()})
+    for a, t in zip(alone, together, strict=True):
+        assert torch.equal(a[0], t[1])
+
+
+@pytest.mark.parametrize("spec", TRITON, ids=ids)
+def test_float64_is_refused(spec):
+    sample = next(iter(spec.samples()))
+    with fss_kernels.use_backend("triton"), pytest.raises(RuntimeError, match=r"does not take torch\.float64"):
+        spec.function(*spec.cast(sample, torch.float64).values(), **sample.options)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_nan_outside_the_mask(memory_format, bad):
+    x, mask = torch.randn(2, 5, 6, 7), torch.zeros(2, 2, 6, 7)
+    mask[:, 0, 2:5, 1:4] = torch.rand(3, 3) + 0.1
+    mask[:, 1, :, 5:] = 1.0
+    unused = (mask == 0).all(1, keepdim=True).expand_as(x)
+    results = []
+    for fill in (bad, 0.0):
+        leaves = torch.where(unused, fill, x).contiguous(memory_format=memory_format), mask.clone()
+        with fss_kernels.use_backend("triton"):
+            out = fss_kernels.masked_avg_pool(*(leaf.requires_grad_() for leaf in leaves))
+            out.sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("resize, align_corners", [("bilinear", True), ("bilinear", False), ("nearest", True)])
+def test_every_resize_and_its_transpose(resize, align_corners):
+    """Many sizes, up and down: the gather of the transposed resize leaves no position out."""
+    from fss_kernels.ops.masked_avg_pool import reference, triton_kernels
+
+    for source in (1, 2, 3, 5, 8, 13, 29, 64):
+        for target in (1, 2, 3, 4, 7, 8, 17, 30, 63):
+            image = torch.rand(1, 1, source, 2)
+            out = torch.empty(1, 1, target, 2)
+            triton_kernels._resize(image, out, resize == "nearest", align_corners, False)
+            matrix = reference.interpolation_matrix(source, target, resize, align_corners, image)
+            torch.testing.assert_close(out[0, 0], matrix @ image[0, 0], msg=f"{source} -> {target}")
+            back = torch.empty(1, 1, target, 2)
+            triton_kernels._resize(image, back, resize == "nearest", align_corners, True)
+            matrix = reference.interpolation_matrix(target, source, resize, align_corners, image)
+            torch.testing.assert_close(back[0, 0], matrix.T @ image[0, 0], msg=f"transposed {source} -> {target}")
+
+
+def test_strides_past_2_31():
+    large = 2**31 + 64
+    x = torch.empty(2 * large + 64, dtype=torch.float16).as_strided([1, 3, 4, 3], [1, large, 3, 1])
+    values = torch.randn(1, 3, 4, 3).half()
+    x.copy_(values)
+    mask = torch.rand(1, 1, 4, 3)
+    with fss_kernels.use_backend("triton"):
+        assert torch.equal(fss_kernels.masked_avg_pool(x, mask), fss_kernels.masked_avg_pool(values, mask))
+
+
+def test_empty_batch_and_masks():
+    spec = TRITON[0]
+    sample = sample_of(spec, "soft")
+    for cut in (lambda t: t[:0], lambda t: t[:, :0] if t.shape[1] == 2 else t):
+        tensors = {k: cut(t) for k, t in spec.cast(sample, torch.float32).items()}
+        names = testing.differentiable_names(spec, tensors)
+        with fss_kernels.use_backend("triton"):
+            outputs, grads = testing.gradients(spec.function, tensors, sample.options, names)
+        assert outputs[0].numel() == 0 and all(not g.any() for g in grads)

@@ -1,0 +1,124 @@
+"""Every Triton kernel that can be launched, compiled ahead of time for NVIDIA and AMD GPUs: no spills, no stack.
+
+python tests/test_triton_aot.py --write      records registers and shared memory in benchmarks/resources/triton.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TABLE = Path(__file__).parents[1] / "benchmarks" / "resources" / "triton.json"
+POINTER, INTEGER = "*", "i32"
+
+
+def variants():
+    """(kernel, id, signature, constants) of everything the launchers instantiate: float32 and half features, masks."""
+    from fss_kernels.ops.masked_avg_pool import triton_kernels as k
+
+    acc = {"ACC": triton.language.float32}
+    modes = {"bilinear": (False, True), "corners-off": (False, False), "nearest": (True, True)}
+    for x in ("fp32", "bf16", "fp16"):
+        pooled = {"x_ptr": x, "grad_ptr": x, "pooled_ptr": x, "out_ptr": x}
+        for masks in (1, 2, 4):
+            block_c = 16 if masks == 1 else 8
+            tile = {**acc, "MASKS": masks, "BLOCK_C": block_c, "BLOCK_N": 128, "PIECE": k.PIECE}
+            yield k.pool_kernel, f"{x}-{masks}", pooled, tile
+            yield k.moments_kernel, f"{x}-{masks}", pooled, {**acc, "MASKS": masks, "BLOCK_C": 16, "BLOCK_N": 64}
+        yield k.finish_pool_kernel, x, pooled, {**acc, "BLOCK": 256}
+        for block_c, block_n in ((8, 256), (128, 16)):
+            yield k.grad_features_kernel, f"{x}-{block_c}", pooled, {**acc, "BLOCK_C": block_c, "BLOCK_N": block_n}
+    yield k.area_kernel, "fp32", {}, {**acc, "BLOCK": 1024}
+    yield k.grad_weights_kernel, "fp32", {}, {"BLOCK": 1024}
+    for name, (nearest, align) in modes.items():
+        options = {**acc, "NEAREST": nearest, "ALIGN": align, "BLOCK": k.BLOCK}
+        for source, target in (("u8", "fp32"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")):
+            pointers = {"source_ptr": source, "target_ptr": target}
+            yield k.resize_kernel, f"{name}-{source}-{target}", pointers, options
+            yield k.transposed_axis_kernel, f"{name}-{source}-{target}", pointers, options
+
+
+def signature(kernel, pointers, constants):
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            types[name] = POINTER + pointers.get(name, "fp32")
+        else:
+            types[name] = "fp32" if name == "eps" else "i64" if name.startswith("stride") else INTEGER
+    return types
+
+
+def resources(compiled, target) -> dict[str, int]:
+    """Registers, shared memory and spilled bytes of a compiled kernel."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        count = {key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1)) for key in ("vgpr_count", "vgpr_spill_count")}
+        return {
+            "registers": count["vgpr_count"],
+            "shared": compiled.metadata.shared,
+            "spills": count["vgpr_spill_count"],
+        }
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "SHARED", "STACK", "LOCAL")}
+    return {"registers": found["REG"], "shared": compiled.metadata.shared, "spills": found["STACK"] + found["LOCAL"]}
+
+
+def compile_all(target_name: str) -> dict[str, dict[str, int]]:
+    """Kernel variant -> resources."""
+    target, table = TARGETS[target_name], {}
+    for kernel, id, pointers, constants in variants():
+        source = ASTSource(kernel, signature(kernel, pointers, constants), constants)
+        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True})
+        table[f"{kernel.__name__}[{id}]"] = resources(compiled, target)
+    return table
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(target):
+    table = compile_all(target)
+    assert table
+    assert not {name: r for name, r in table.items() if r["spills"]}
+    recorded = json.loads(TABLE.read_text()).get(triton.__version__, {}).get(target) if TABLE.exists() else None
+    changed = {n: (recorded.get(n), r) for n, r in table.items() if recorded.get(n) != r} if recorded else table
+    if changed:  # informational: another compiler version may allocate differently
+        print(f"resources that differ from {TABLE.name}: {changed}")
+
+
+def test_every_kernel_is_listed():
+    """A kernel that is not among the variants would never be compiled here."""
+    from fss_kernels.ops.masked_avg_pool import triton_kernels
+
+    kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
+    assert kernels and kernels == {kernel.__name__ for kernel, *_ in variants()}
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    everything = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    everything[triton.__version__] = {target: compile_all(target) for target in TARGETS}
+    TABLE.parent.mkdir(exist_ok=True)
+    temporary = TABLE.with_suffix(".tmp")
+    temporary.write_text(json.dumps(everything, indent=1) + "\n")
+    temporary.replace(TABLE)
