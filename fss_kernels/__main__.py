@@ -48,7 +48,7 @@ def _selection(backend: str, device: str) -> tuple[list[torch.dtype], list[str],
     """Dtypes, layouts and the largest sample that a backend is verified on."""
     if backend == "triton" and device == "cpu":
         # Interpreted, milliseconds a program. Its bfloat16 stores truncate: that dtype is checked on a GPU.
-        return [torch.float32, torch.float16], ["contiguous", "channels_last", "sliced"], 20_000
+        return [torch.float32, torch.float16], ["contiguous", "channels_last", "sliced"], 40_000
     return [d for d in testing.DTYPES if device == "cpu" or d != torch.float64], list(testing.LAYOUTS), sys.maxsize
 
 

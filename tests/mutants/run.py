@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm.contrib.concurrent import thread_map
 
@@ -60,7 +61,7 @@ def main(names: list[str]) -> int:
         patches, thread_map(catch, patches, max_workers=os.cpu_count(), desc="mutants"), strict=True
     ):
         survived += caught is None
-        table.add_row(patch.parent.name, patch.stem, caught or "[red]SURVIVED[/red]")
+        table.add_row(patch.parent.name, patch.stem, escape(caught) if caught else "[red]SURVIVED[/red]")
     Console(width=180).print(table)
     print(f"mutants: {len(patches)} planted, {len(patches) - survived} caught, {survived} survived")
     return 1 if survived or not patches else 0
