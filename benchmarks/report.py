@@ -63,7 +63,7 @@ def _plot(row: dict[str, Any]) -> str:
     spread = [[m - e["seconds"]["p20"] * 1e3 for m, e in zip(medians, entries, strict=True)],
               [e["seconds"]["p80"] * 1e3 - m for m, e in zip(medians, entries, strict=True)]]  # fmt: skip
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": row["title"], "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(6, 1.1 + 0.32 * len(entries)), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.4, 1.0 + 0.27 * len(entries)), layout="constrained")
         colours = ["#c2410c" if e["provider"] == OURS else "#94a3b8" for e in entries]
         axes.barh([e["provider"] for e in entries], medians, xerr=spread, color=colours, ecolor="#334155", capsize=2)
         axes.axvline(row["floor"] * 1e3, color="#15803d", linestyle="--", label="roof of this machine")
