@@ -1,11 +1,11 @@
-# Verbs: demo, test, bench, readme, mutants, native, lint. Everything lives in .venv; nothing is installed elsewhere.
+# Verbs: demo, test, bench, readme, mutants, native, lint, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test bench readme mutants native lint clean
+.PHONY: demo test bench readme mutants native lint gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -54,6 +54,28 @@ lint: .venv/installed
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+# On a machine with a GPU and no network there is no .venv: its own Python, and the wheels carried to it.
+GPU_PY := $(if $(wildcard .venv/installed),$(PY),$(PYTHON))
+GPU_WHEELS := $(wildcard gpu-wheels/*.whl)
+STAGE ?= core
+
+# make gpu OUT=folder STAGE=build-test|core|peers|models; DRY=1 runs the code path of every stage on a CPU.
+gpu:
+	@test -n "$(OUT)$(DRY)" || { echo "usage: make gpu OUT=folder STAGE=build-test|core|peers|models [DRY=1] [RESUME=1]"; exit 2; }
+	$(if $(GPU_WHEELS),$(if $(DRY),,PIP_REQUIRE_VIRTUALENV=0 $(GPU_PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu-site $(GPU_WHEELS)))
+	set -e; for stage in $(if $(DRY),build-test core peers models,$(STAGE)); do \
+	  PYTHONPATH=$(CURDIR)/build/gpu-site:$$PYTHONPATH $(GPU_PY) -m benchmarks.gpu --stage $$stage --out "$(or $(OUT),build/gpu-dry)" \
+	    $(if $(DRY),--dry) $(if $(RESUME),--resume) $(if $(COMMIT),--commit $(COMMIT)); \
+	done
+
+# What such a machine (Python 3.12, Linux x86-64) lacks; pykeops and keopscore are pure Python without wheels.
+gpu-wheels: .venv/installed
+	$(PY) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d gpu-wheels \
+	  rich markdown-it-py mdurl pygments tqdm 'jsonargparse[signatures]' docstring-parser typeshed-client pyyaml \
+	  faiss-cpu pycocotools torchmetrics lightning-utilities pybind11
+	$(PY) -m pip wheel -q --no-deps -w gpu-wheels pykeops keopscore
 
 clean:
 	rm -rf .venv build report *.egg-info fss_kernels/*.so fss_kernels/_build_info.json

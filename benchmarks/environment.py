@@ -23,7 +23,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What a command prints; empty when it fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -52,7 +53,7 @@ def environment() -> dict[str, Any]:
 
     from fss_kernels import __version__, _library
 
-    commit = _output("git", "rev-parse", "HEAD")
+    commit = output("git", "rev-parse", "HEAD")
     return {
         "schema": SCHEMA,
         "environment": {
@@ -64,13 +65,13 @@ def environment() -> dict[str, Any]:
             "fss_kernels": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "compiler": _output("gcc", "--version").partition("\n")[0],
+            "compiler": output("gcc", "--version").partition("\n")[0],
             "os": platform.platform(),
             "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit or None,
             # files that git does not track do not count: results of earlier runs and build products are among them
-            "clean": bool(commit) and not _output("git", "status", "--porcelain", "--untracked-files=no"),
+            "clean": bool(commit) and not output("git", "status", "--porcelain", "--untracked-files=no"),
         },
     }
 

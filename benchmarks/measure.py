@@ -142,7 +142,8 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _flat(result: Any) -> list[Tensor]:
+def flat(result: Any) -> list[Tensor]:
+    """The results of a call as a list."""
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -173,7 +174,7 @@ def extra_bytes(call: Callable[[], Any]) -> int:
         trace = json.loads(path.read_text())["traceEvents"]
     events = sorted((e["ts"], e["args"]["Bytes"]) for e in trace if e.get("name") == "[memory]")
     running = np.cumsum([0, *(size for _, size in events)])
-    return int(running.max()) - nbytes(_flat(result))
+    return int(running.max()) - nbytes(flat(result))
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,10 @@ def gate(
     tensors: Mapping[str, Tensor],
     wanted: Iterable[str],
     functions: Mapping[str, Callable[..., Any]],
+    ours: Iterable[str] = (OURS,),
 ) -> dict[str, Verdict]:
-    """Compares every provider with float64: ours by the project's rule, the others by a plain bound."""
-    wanted = list(wanted)
+    """Compares every provider with float64: ``ours`` by the project's rule, the others by a plain bound."""
+    wanted, ours = list(wanted), set(ours)
 
     def run(function: Callable[..., Any], to: torch.dtype = dtype) -> tuple[list[Tensor], list[Tensor]]:
         rounded = {k: t.to(to) if t.is_floating_point() and to != dtype else t for k, t in tensors.items()}
@@ -216,7 +218,7 @@ def gate(
                     return Verdict(math.inf, f"{label}: shape {tuple(out.shape)} or values that are not finite")
                 error = ((out.double() - want).abs().max() / want.abs().max().clamp(min=1e-300)).item()
                 worst = max(worst, error)
-                if name == OURS:
+                if name in ours:
                     like = plain32[part][i] if plain32 else None
                     comparison = testing.compare(out, want, plain[part][i], direction, like, label)
                     messages += [] if comparison.passed else [comparison.message]
@@ -250,7 +252,7 @@ class Prepared:
         self.refused = self.verdicts[OURS].message  # our own error refuses the row
         copies = rotations(nbytes(first[n] for n in spec.features))
         self.inputs = [first, *({k: t.clone() for k, t in first.items()} for _ in range(copies - 1))]
-        results = _flat(spec.function(*first.values(), **self.options))
+        results = flat(spec.function(*first.values(), **self.options))
         generator = torch.Generator().manual_seed(3)
         self.seeds = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results if r.is_floating_point()]
         del results
@@ -267,7 +269,7 @@ class Prepared:
             return forward
 
         def forward_backward(tensors: dict[str, Tensor]) -> Any:
-            outputs = [r for r in _flat(function(*tensors.values(), **self.options)) if r.is_floating_point()]
+            outputs = [r for r in flat(function(*tensors.values(), **self.options)) if r.is_floating_point()]
             return torch.autograd.grad(outputs, [tensors[n] for n in self.wanted], self.seeds)
 
         return forward_backward
@@ -291,7 +293,8 @@ class Prepared:
         return self.buffers[self.turn % len(self.buffers)]
 
 
-def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
+def quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    """Minimum, median and the 20th and 80th percentile."""
     low, p20, median, p80 = (float(q) for q in np.quantile(list(seconds), [0, 0.2, 0.5, 0.8]))
     return {"min": low, "p20": p20, "median": median, "p80": p80}
 
@@ -339,7 +342,7 @@ def summarise(
         }
         if samples.get(provider) and not prepared.refused and not (verdict and verdict.message):
             seconds = [s for visit in samples[provider].values() for s in visit]
-            entry["seconds"] = {**_quantiles(seconds), "samples": len(seconds)}
+            entry["seconds"] = {**quantiles(seconds), "samples": len(seconds)}
             entry["gbps"] = entry["bytes"] / entry["seconds"]["median"] * 1e-9
             if verdict:
                 entry["gflops"] = entry["flops"] / entry["seconds"]["median"] * 1e-9

@@ -128,8 +128,13 @@ def _adjoint_bmm(features: Tensor, mask: Tensor, eps: float, align_corners: bool
     return sums / (mask.sum((2, 3))[..., None] + eps)
 
 
-def _compiled(function: Function) -> Function:
-    return torch.compile(function, dynamic=False)
+# How peers are compiled. A dry run of the GPU stages only traces, with the backend "aot_eager".
+COMPILE: dict[str, Any] = {"dynamic": False}
+
+
+def compiled(function: Function, **options: Any) -> Function:
+    """The function under torch.compile."""
+    return torch.compile(function, **{**options, **COMPILE})
 
 
 @peer("masked_avg_pool", "eager", "writes features * mask for every mask and has no NaN rule", _is_bilinear)
@@ -149,12 +154,12 @@ def _(tensors, options):
 
 @peer("masked_avg_pool", "compile(eager)", "needs seconds of compilation per shape and has no NaN rule", _is_bilinear)
 def _(tensors, options):
-    return _compiled(_eager)
+    return compiled(_eager)
 
 
 @peer("masked_avg_pool", "compile(bmm)", "needs seconds of compilation per shape and has no NaN rule", _is_bilinear)
 def _(tensors, options):
-    return _compiled(_bmm)
+    return compiled(_bmm)
 
 
 @peer(
@@ -164,7 +169,7 @@ def _(tensors, options):
     _is_bilinear,
 )
 def _(tensors, options):
-    means = _compiled(_masked_means)
+    means = compiled(_masked_means)
 
     def run(features: Tensor, mask: Tensor, eps: float = 5e-4, align_corners: bool = True) -> Tensor:
         return means(features, _on_grid(mask, features, align_corners), eps)
@@ -184,7 +189,7 @@ def _(tensors, options):
 
 @peer("masked_avg_pool", "compile(panet)", "needs seconds of compilation per shape and has no NaN rule", _is_adjoint)
 def _(tensors, options):
-    return _compiled(_panet)
+    return compiled(_panet)
 
 
 @peer("masked_avg_pool", "adjoint-bmm", "returns the gradient transposed in memory and has no NaN rule", _is_adjoint)

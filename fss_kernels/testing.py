@@ -95,8 +95,7 @@ def specs() -> dict[str, Spec]:
 
 
 def _sliced(x: Tensor) -> Tensor:
-    big = torch.full([n + 3 for n in x.shape], math.nan, dtype=x.dtype) if x.is_floating_point() else None
-    big = x.new_empty([n + 3 for n in x.shape]) if big is None else big
+    big = x.new_empty([n + 3 for n in x.shape]).fill_(math.nan if x.is_floating_point() else 1)
     view = big[tuple(slice(1, 1 + n) for n in x.shape)]
     return view.copy_(x)
 

@@ -1,0 +1,172 @@
+"""The GPU stages without a GPU: every code path, refusals, the watchdog and the one merged file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+
+import pytest
+import sanitize
+import torch
+
+from benchmarks import environment, gpu, gpu_timing, measure, peers
+from fss_kernels import testing
+
+ROW = measure.rows(measure.Plan(tuple(testing.specs()), tiny=True))[0]
+CEILINGS = dict.fromkeys(("read_gbps", "write_gbps", "copy_gbps", "gemm_fp32_gflops", "gemm_bf16_gflops"), 1e6)
+OURS = f"{measure.OURS}:reference"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Peers are traced, not compiled."""
+    monkeypatch.setattr(peers, "COMPILE", {**peers.COMPILE, "backend": "aot_eager", "mode": None})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All stages, dry, in one folder."""
+    out = tmp_path_factory.mktemp("gpu")
+    codes = {stage: gpu.main(["--stage", stage, "--out", str(out), "--dry"]) for stage in gpu.STAGES}
+    assert codes == dict.fromkeys(gpu.STAGES, 0)
+    return out
+
+
+def entries(stage: str = "core", ceilings: dict = CEILINGS) -> dict[str, dict]:
+    group = gpu_timing.Group(ROW, stage, gpu_timing.Clock(dry=True), ceilings)
+    return {e["provider"]: e for e in group.entries()}
+
+
+def test_stages_meet_in_one_file(folder):
+    assert len(list(folder.iterdir())) <= 6 and not [p for p in folder.iterdir() if p.is_dir()]
+    merged = json.loads((folder / gpu.MERGED).read_text())
+    assert list(merged["stages"]) == list(gpu.STAGES)
+    assert {s["status"] for s in merged["stages"].values()} == {"complete"}
+    steps = {s["name"]: s for s in merged["stages"]["build-test"]["steps"]}
+    assert [steps["build"]["code"], steps["tests"]["code"]] == [0, 0]
+    assert "skipped" in steps["tests"]["summary"] or torch.cuda.is_available()
+    found = merged["stages"]["build-test"]["calibration"][0]
+    probes = {"copy_gbps", "write_gbps", "read_gbps", "launch_cpp", "launch_triton"}
+    probes |= {f"gemm_{kind}_gflops" for kind in ("bf16", "tf32", "fp32", "fp8")}
+    assert probes == (set(found) | set(found["unavailable"])) - {"kind", "when", "device", "unavailable"}
+    for stage in ("core", "peers"):
+        assert [c["when"] for c in merged["stages"][stage]["calibration"]] == ["before", "after"]
+    assert merged["environment"]["dry"] and merged["environment"]["gpu"]["name"]
+
+
+def test_calibration_leaves_the_precision_flags_readable():
+    """torch.compile reads the older flags and fails when they disagree with `fp32_precision`."""
+    before = torch.get_float32_matmul_precision()
+    gpu_timing.calibrate(gpu_timing.Clock(dry=True))
+    assert torch.get_float32_matmul_precision() == before and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_every_row_is_checked_or_refused(folder):
+    rows = json.loads((folder / gpu.MERGED).read_text())["rows"]
+    providers = {stage: {r["provider"] for r in rows if r["stage"] == stage} for stage in gpu.STAGES}
+    assert {OURS, "eager", "compile(eager)", "panet", "compile(panet)"} <= providers["core"]
+    assert providers["peers"] >= providers["core"] | {"bmm", "max-autotune(eager)", "max-autotune(bmm)"}
+    assert len(providers["models"]) == 1 and not providers["build-test"]
+    for row in rows:
+        assert row["device"] and (row["refused"] is None) == (row["seconds"] is not None), row
+        if row["seconds"] is not None:
+            assert row["correct"] is True and 0 < row["roof_fraction"] <= measure.ROOF_SLACK
+            assert set(row["clocks"]) == {"graph", "do_bench", "wall"} and row["clock"] == "graph"
+    assert [r["refused"] for r in rows if r["stage"] == "models"] == ["this version has no models"]
+
+
+def test_a_wrong_and_a_crashing_provider_get_no_speed(monkeypatch, no_compiler):
+    spec = testing.specs()[ROW.op]
+    wrong = dataclasses.replace(spec, function=lambda *args, **options: spec.function(*args, **options) * 1.001)
+
+    def crash(*args, **options):
+        raise RuntimeError("out of order")
+
+    good = next(p for p in peers.registry[ROW.op] if p.name == "eager")
+    crashing = dataclasses.replace(good, name="crashing", build=lambda tensors, options: crash)
+    unbuilt = dataclasses.replace(good, name="unbuilt", build=crash)
+    monkeypatch.setitem(peers.registry, ROW.op, [good, crashing, unbuilt])
+    monkeypatch.setattr(testing, "specs", lambda: {ROW.op: wrong})
+    found = entries("peers")
+    assert found["eager"]["seconds"] is not None and found["eager"]["ratio_to_ours"] is None
+    assert found[OURS]["correct"] is False and "times the allowed" in found[OURS]["refused"]
+    assert "out of order" in found["crashing"]["refused"] and "out of order" in found["unbuilt"]["refused"]
+    refused = [e for e in found.values() if e["refused"]]
+    assert all(e["seconds"] is None and e["gbps"] is None and e["roof_fraction"] is None for e in refused)
+    assert any(OURS in line for line in gpu.failures({"rows": list(found.values())}, "peers"))
+
+
+def test_a_speed_above_the_roof_is_refused(no_compiler):
+    found = entries(ceilings=dict.fromkeys(CEILINGS, 1e-9))
+    timed = [e for e in found.values() if e["correct"]]
+    assert timed and all("of the roof" in e["refused"] and e["seconds"] is None for e in timed)
+    assert gpu.failures({"rows": timed}, "core")
+
+
+def test_a_provider_that_cannot_be_captured_is_timed_by_events(monkeypatch, no_compiler):
+    monkeypatch.setattr(gpu_timing.Clock, "replay", lambda *args: 1 / 0)
+    found = entries()[OURS]
+    assert found["clock"] == "do_bench" and found["seconds"] and "ZeroDivisionError" in found["note"]
+
+
+def worker(tmp_path, body: str) -> list[str]:
+    """A stand-in for the measuring process: writes rows, then does what ``body`` says."""
+    path = tmp_path / "core.jsonl"
+    code = f"""
+import json, sys, time
+def write(**line):
+    with open({str(path)!r}, "a") as file:
+        file.write(json.dumps(line) + "\\n")
+row = dict(stage="core", op="o", size="s", dtype="d", mode="m", provider="p", correct=True, seconds=None, refused=None)
+write(kind="begin", group="a"); write(kind="row", **row)
+{body}
+"""
+    return [sys.executable, "-c", code]
+
+
+def test_the_watchdog_keeps_what_was_measured(tmp_path):
+    start = time.monotonic()
+    hang = worker(tmp_path, f"open({str(tmp_path / 'core.jsonl')!r}, 'a').write('{{\"cut'); time.sleep(60)")
+    assert gpu.run("core", tmp_path, dry=True, limit=2.0, worker=hang) == 1
+    assert time.monotonic() - start < 20
+    merged = json.loads((tmp_path / gpu.MERGED).read_text())
+    assert "watchdog" in merged["stages"]["core"]["status"] and len(merged["rows"]) == 1
+
+
+def test_a_crash_starts_again_while_rows_advance(tmp_path):
+    seen = f"n = open({str(tmp_path / 'core.jsonl')!r}).read().count('begin')"
+    body = f"{seen}\nif n < 3: sys.exit(9)\nwrite(kind='end', status='complete')"
+    assert gpu.run("core", tmp_path, dry=True, limit=30.0, worker=worker(tmp_path, body)) == 0
+    merged = json.loads((tmp_path / gpu.MERGED).read_text())
+    assert len(merged["rows"]) == 3 and merged["stages"]["core"]["status"] == "complete"
+    assert gpu.run("core", tmp_path, dry=True, limit=30.0, worker=[sys.executable, "-c", "raise SystemExit(9)"]) == 1
+    merged = json.loads((tmp_path / gpu.MERGED).read_text())
+    assert merged["stages"]["core"]["status"] == "ended with code 9" and merged["rows"] == []
+
+
+def test_resume_and_deadline(tmp_path, monkeypatch, no_compiler):
+    """No row begins after the deadline; what is left is measured when the stage resumes."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    path = tmp_path / "core.jsonl"
+    assert gpu_timing.run("core", path, True, 0.0) == 0
+    lines = gpu.lines(path)
+    assert lines[-1]["status"].startswith("out of time: 2 of 2") and not [ln for ln in lines if ln["kind"] == "row"]
+    gpu.append(path, kind="begin", group=ROW.id)
+    assert gpu_timing.run("core", path, True, 60.0) == 0
+    groups = [ln["group"] for ln in gpu.lines(path) if ln["kind"] == "begin"]
+    assert groups[0] == ROW.id and len(groups) == 2 == len(set(groups))
+
+
+def test_supervisor_needs_only_the_standard_library():
+    code = "import sys, benchmarks.gpu; print(sorted({'torch', 'rich', 'jsonargparse'} & set(sys.modules)))"
+    assert environment.output(sys.executable, "-c", code) == "[]"
+
+
+def test_sanitizer_says_when_it_does_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(sanitize, "program", lambda: None)
+    assert sanitize.main([]) == 0 and "not run: compute-sanitizer is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(sanitize, "program", lambda: "/bin/true")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sanitize.main([]) == 0 and "not run: no GPU" in capsys.readouterr().out
