@@ -34,7 +34,8 @@ demo: .venv/installed .venv/native
 test: .venv/installed .venv/native
 	$(PY) -m pytest
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
-	set -e; for isa in $$($(PY) -c "from fss_kernels import _library as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); do \
+	set -e; isas=$$($(PY) -c "from fss_kernels import _library as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); \
+	for isa in $$isas; do \
 	  echo "== CPU kernels for $$isa"; \
 	  FSS_KERNELS_CPU_ISA=$$isa $(PY) -m pytest tests/test_numerics.py tests/test_determinism.py tests/ops; \
 	done

@@ -19,6 +19,13 @@ def _zeros_for_none(values: Sequence[torch.Tensor | None], like: Sequence[torch.
     return [torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)]
 
 
+def _values_read(op: _library.Op, tensors: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor]:
+    """The inputs to keep for the backward: one whose values no wanted gradient reads is replaced by a stand-in with its
+    shape, dtype and memory format, so that a feature map is neither held in memory nor protected from in-place use."""
+    read = op.reads(needs)
+    return [t if i in read else _library.stand_in(t) for i, t in enumerate(tensors)]
+
+
 def _below_autograd(raw: Callable[..., Any], args: Sequence[Any]) -> Any:
     """Calls a raw op past its own autograd rule, which would cost 6 us where nothing is to be recorded."""
     with torch._C._AutoDispatchBelowAutograd():
@@ -93,17 +100,24 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.options = inputs[n_in:]
+            needs = ctx.needs_input_grad[:n_in]
             ctx.backend = None if torch.compiler.is_compiling() else _library.forced_backend()
-            ctx.save_for_backward(*inputs[:n_in], *output)
+            # the outputs only lend their shapes to missing gradients, of which there are none with one output
+            kept = output[n_out:] if n_out == 1 else output
+            ctx.save_for_backward(*_values_read(op, inputs[:n_in], needs), *kept)
             ctx.mark_non_differentiable(*output[n_out:])
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            if all(g is None for g in grads[:n_out]):
+                return (None,) * (n_in + len(ctx.options))
             kept = ctx.saved_tensors  # once: unpacking may recompute (checkpointing)
-            tensors, results, saved = kept[:n_in], kept[n_in : n_in + n_out], kept[n_in + n_out :]
+            tensors, rest = kept[:n_in], kept[n_in:]
+            if n_out > 1:
+                grads, rest = tuple(_zeros_for_none(grads[:n_out], rest[:n_out])), rest[n_out:]
             needs = tuple(ctx.needs_input_grad[:n_in])
-            arguments = (*_zeros_for_none(grads[:n_out], results), *tensors, *saved, *ctx.options, *needs)
+            arguments = (*grads[:n_out], *tensors, *rest, *ctx.options, *needs)
             differentiable_again = torch.is_grad_enabled() or _transformed()
             # the autograd engine may run this in a thread that does not see the caller's use_backend
             with _library.use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():

@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Op:
 
     ``forward(*tensors, *options) -> (*outputs, *saved)``: ``saved`` are small statistics for the backward.
     ``backward(*grads, *tensors, *saved, *options, *needs) -> one gradient per tensor``; a gradient whose ``need`` flag
-    is false comes back with 0 elements.
+    is false comes back with 0 elements. ``reads(needs)``: positions of the tensors whose values the wanted gradients
+    depend on, and the gradients of those; the default is all.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Op:
     forward_schema: str
     backward_schema: str
     backends: dict[str, Backend] = field(default_factory=dict)
+    reads: Callable[[Sequence[bool]], Container[int]] = lambda needs: range(len(needs))
 
     def __post_init__(self) -> None:
         for suffix, schema in (("fwd", self.forward_schema), ("bwd", self.backward_schema)):
@@ -187,7 +189,8 @@ def forced_backend() -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Forces one backend (``"reference"``, ``"cpp"``, ``"cuda"`` or ``"triton"``) inside a ``with`` block.
 
-    None restores the default choice. Backward passes of ops called inside the block use the same backend.
+    None restores the default choice. Backward passes of ops called inside the block use the same backend, except those
+    of functions compiled by ``torch.compile``: they use what is in force where they run. Not for use inside one.
 
     Raises:
         ValueError: ``name`` is not a backend.
@@ -232,6 +235,13 @@ def empty_rows_like(features: torch.Tensor) -> torch.Tensor:
     """An uninitialised dense tensor in the memory format of the features."""
     memory_format = torch.channels_last if is_channels_last(features) else torch.contiguous_format
     return torch.empty(features.shape, dtype=features.dtype, device=features.device, memory_format=memory_format)
+
+
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, dtype and memory format that holds at most one value a channel."""
+    if tensor.ndim == 4 and is_channels_last(tensor):
+        return tensor.new_zeros((1, tensor.shape[1], 1, 1)).expand(tensor.shape)
+    return tensor.new_zeros((1,) * tensor.ndim).expand(tensor.shape)
 
 
 def accumulate_dtype(features: torch.Tensor) -> torch.dtype:

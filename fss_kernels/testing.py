@@ -178,6 +178,8 @@ def compare(
     out, want, k = actual.detach().double(), oracle.detach().double(), FACTOR[direction]
     if bool((~out.isfinite() & want.isfinite()).any()):
         return Comparison(math.inf, False, f"{label}: not finite where the oracle is")
+    if bool((~want.isfinite()).any()):
+        return Comparison(math.inf, False, f"{label}: the oracle is not finite: such values need a test of their own")
     error = out - want
 
     def bound(measure: Callable[[Tensor], float], result: Tensor, dtype: torch.dtype) -> float:

@@ -93,3 +93,26 @@ def test_gradients_not_wanted_have_no_elements(spec):
             with fss_kernels.use_backend(backend):
                 grads = spec.op.bwd(*results[:n_out], *inputs, *results[n_out:], *arguments[len(inputs) :], *flags)
             assert [g.numel() > 0 for g in grads] == list(flags)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_features_are_not_kept_for_their_own_gradient(layout):
+    """Pooling is linear in the features: no copy is held, they may be overwritten, and double backward still works."""
+    x0, mask = torch.randn(2, 8, 16, 15), torch.rand(2, 2, 31, 33)
+    x0 = testing.LAYOUTS[layout](x0).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        x = x0 * 2
+        out = fss_kernels.masked_avg_pool(x, mask)
+    assert all(t.untyped_storage().nbytes() < x.nbytes or t.shape == mask.shape for t in saved)
+    with torch.no_grad():
+        x.zero_()
+    (grad,) = torch.autograd.grad(out.pow(2).sum(), x0, create_graph=True)
+    (second,) = torch.autograd.grad(grad.pow(2).sum(), x0)
+    y = x0.detach().clone().requires_grad_()
+    r = torch.nn.functional.interpolate(mask, (16, 15), mode="bilinear", align_corners=True)
+    plain = torch.einsum("bchw,bmhw->bmc", y * 2, r) / (r.sum((2, 3)) + 5e-4)[..., None]
+    (wanted,) = torch.autograd.grad(plain.pow(2).sum(), y, create_graph=True)
+    torch.testing.assert_close(grad, wanted)
+    torch.testing.assert_close(second, torch.autograd.grad(wanted.pow(2).sum(), y)[0])
+    assert grad.stride() == x0.stride()

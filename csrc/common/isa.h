@@ -8,10 +8,12 @@
 #include <string>
 
 // Several instruction sets in one binary need GCC's target pragmas on x86-64; elsewhere only `generic` is built.
+#ifndef FSS_X86_VARIANTS
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define FSS_X86_VARIANTS 1
 #else
 #define FSS_X86_VARIANTS 0
+#endif
 #endif
 
 namespace fss {

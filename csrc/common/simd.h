@@ -137,7 +137,7 @@ inline void store(T* p, vec<accumulate_t<T>> v) {
 // The same past the caches; p is aligned to the bytes written. Only for whole 64-byte lines written in a row.
 template <class T>
 inline void stream(T* p, vec<accumulate_t<T>> v) {
-#if defined(__SSE2__)
+#if FSS_X86_VARIANTS
   const auto packed = pack<T>(v);
   constexpr size_t bytes = sizeof(packed);
 #if FSS_ISA_LEVEL == 2
@@ -154,7 +154,7 @@ inline void stream(T* p, vec<accumulate_t<T>> v) {
 }
 // Orders streamed lines before whatever this thread does next.
 inline void stream_fence() {
-#if defined(__SSE2__)
+#if FSS_X86_VARIANTS
   _mm_sfence();
 #endif
 }

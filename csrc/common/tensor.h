@@ -92,6 +92,10 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType d
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+inline bool has_shape(const Tensor& x, const std::vector<int64_t>& sizes) {
+  return x.dim() == int64_t(sizes.size()) && std::equal(sizes.begin(), sizes.end(), x.sizes().begin());
+}
+
 // f(begin, end) over [0, tasks), each piece worth at least about 64K element operations.
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t work_per_task, const F& f) {

@@ -615,11 +615,14 @@ void grad_weights(const PoolArgs& args, int64_t begin, int64_t end) {
   for (int64_t image = begin; image < end; ++image) {
     const A* w = static_cast<const A*>(args.weights) + image * args.pixels;
     A* t = static_cast<A*>(args.moments) + image * args.pixels;
-    const double d = double(static_cast<const A*>(args.area)[image]) + args.eps;
-    double mean = 0;
-    for (int64_t n = 0; n < args.pixels; ++n) mean += double(w[n]) * double(t[n]);
-    mean /= d;
-    for (int64_t n = 0; n < args.pixels; ++n) t[n] = d == 0 ? A(0) : A((double(t[n]) - mean) / d);
+    double area = 0, mean = 0;
+    for (int64_t n = 0; n < args.pixels; ++n) {
+      area += double(w[n]);
+      mean += double(w[n]) * double(t[n]);
+    }
+    const double d = area + args.eps;
+    const bool empty = denominator<A>(args, image) == 0;  // decided as in the forward
+    for (int64_t n = 0; n < args.pixels; ++n) t[n] = empty ? A(0) : A((double(t[n]) - mean / d) / d);
   }
 }
 

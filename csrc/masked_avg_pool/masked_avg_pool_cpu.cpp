@@ -121,6 +121,12 @@ std::tuple<Tensor, Tensor> masked_avg_pool_bwd(Tensor grad, Tensor features, Ten
   const Resize mode = resize_mode(resize_name, align_corners);
   const ScalarType dtype = features.scalar_type();
   const int64_t batch = mask.size(0), masks = mask.size(1);
+  STD_TORCH_CHECK(has_shape(grad, {batch, masks, features.size(1)}) && grad.scalar_type() == dtype, kOp,
+                  ": grad must be (B, M, C) in the dtype of features");
+  STD_TORCH_CHECK(has_shape(resized, {batch, masks, features.size(2), features.size(3)}) &&
+                      has_shape(area, {batch, masks}) && resized.scalar_type() == accumulate_dtype(dtype) &&
+                      area.scalar_type() == accumulate_dtype(dtype),
+                  kOp, ": resized must be (B, M, H, W) and area (B, M), in the accumulation dtype");
   Tensor grad_features = need_features ? empty_rows_like(features) : empty(features, {0}, dtype);
   Tensor grad_mask = empty(mask, {0}, mask.scalar_type());
   if (need_mask) grad_mask = empty(mask, {batch, masks, mask.size(2), mask.size(3)}, mask.scalar_type());

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from rich.table import Table
 from tqdm.contrib.concurrent import thread_map
 
 ROOT = Path(__file__).parents[2]
+CONTROL = Path("control")  # no fault at all: everything must pass, or every fault would be "caught"
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
@@ -35,26 +37,32 @@ def _catch(patch: Path, directory: Path) -> str | None:
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "report", "__pycache__", ".*_cache")
     copy = directory / "project"
     shutil.copytree(ROOT, copy, ignore=ignored)
-    subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
+    if patch != CONTROL:
+        subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
     environment = os.environ | {"PYTHONPATH": str(copy), "FSS_KERNELS_BUILD": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
-    if "csrc/" in patch.read_text().splitlines()[0]:
+    first_line = patch.read_text().partition("\n")[0] if patch != CONTROL else "csrc/"
+    if "csrc/" in first_line:
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
     tests = [*TESTS, *LATER]
-    if "triton_kernels" in patch.read_text().splitlines()[0]:
+    if "triton_kernels" in first_line:
         environment["TRITON_INTERPRET"] = "1"
         tests = ["tests/interpreted"]
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     result = subprocess.run(pytest, cwd=copy, env=environment, capture_output=True, text=True)
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if result.returncode not in (0, 1) or (result.returncode == 1 and not failed):
-        return f"crash: pytest ended with {result.returncode}" if result.returncode < 0 else None
+        crashed = -result.returncode in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+        return f"crash: pytest ended by {signal.Signals(-result.returncode).name}" if crashed else None
     return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else None
 
 
 def main(names: list[str]) -> int:
     """Runs the mutants of those names, or all."""
     patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or p.stem in names)
+    if (failed := catch(CONTROL)) is not None:
+        print(f"mutants: the tests fail without any fault: {failed}")
+        return 1
     table = Table("op", "planted fault", "caught by")
     survived = 0
     for patch, caught in zip(

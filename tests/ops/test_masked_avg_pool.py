@@ -264,3 +264,28 @@ def test_module():
     module = fss_kernels.nn.MaskedAvgPool(eps=0.1, resize="adjoint", align_corners=False)
     assert torch.equal(module(x, mask), masked_avg_pool(x, mask, eps=0.1, resize="adjoint", align_corners=False))
     assert not list(module.parameters()) and "eps=0.1, resize='adjoint'" in repr(module)
+
+
+@pytest.mark.parametrize("total, eps", [(0.0, 1e-50), (-5e-4, 5e-4)])
+def test_vanishing_denominator(backend, total, eps):
+    """What is 0 in float32 is 0 in every result, also where eps is not."""
+    mask = torch.full((1, 1, 1, 1), total, requires_grad=True)
+    x = torch.randn(1, 3, 1, 1, requires_grad=True)
+    out = masked_avg_pool(x, mask, eps=eps)
+    out.sum().backward()
+    assert not out.any() and not x.grad.any() and not mask.grad.any()
+
+
+def test_raw_backward_checks_its_arguments():
+    x, mask = torch.randn(1, 3, 4, 4), torch.rand(1, 2, 4, 4)
+    pooled, resized, area = torch.ops.fss.masked_avg_pool_fwd(x, mask, 0.1, "bilinear", True)
+    rest = (0.1, "bilinear", True, True, True)
+    for grad, r, a in (
+        (pooled.double(), resized, area),
+        (pooled[:, :1], resized, area),
+        (pooled, resized[..., :2], area),
+        (pooled, resized, area.double()),
+        (torch.randn(1), resized, area),
+    ):
+        with pytest.raises(RuntimeError, match=r"masked_avg_pool: (grad|resized) must be"):
+            torch.ops.fss_cpp.masked_avg_pool_bwd(grad, x, mask, r, a, *rest)

@@ -23,6 +23,8 @@ op = _library.Op(
         f"(Tensor grad, Tensor features, Tensor mask, Tensor resized, Tensor area, {_OPTIONS}, "
         "bool need_features, bool need_mask) -> (Tensor, Tensor)"
     ),
+    # pooling is linear in the features: only the gradient to the mask reads them
+    reads=lambda needs: (0, 1) if needs[1] else (1,),
 )
 
 
