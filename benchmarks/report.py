@@ -78,10 +78,43 @@ def _plot(row: dict[str, Any]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def _scaling(rows: list[dict[str, Any]]) -> str:
+    """Time against bytes of the rows of one op and mode, both logarithmic, every provider and the roof; inline SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for e in row["entries"]:
+            if e["seconds"]:
+                points.setdefault(e["provider"], []).append((row["ours"]["bytes"] / 1e6, e["seconds"]["median"] * 1e3))
+        if row["floor"]:
+            points.setdefault("roof", []).append((row["ours"]["bytes"] / 1e6, row["floor"] * 1e3))
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": rows[0]["title"], "font.size": 9}):
+        figure, axes = plt.subplots(figsize=(4.4, 4.2), layout="constrained")
+        for name, values in sorted(points.items()):
+            style = {OURS: {"color": "#c2410c", "linewidth": 2.5}, "roof": {"color": "#15803d", "ls": "--"}}
+            axes.plot(*zip(*sorted(values), strict=True), marker="o", markersize=4, label=name, **style.get(name, {}))
+        axes.set(xscale="log", yscale="log", xlabel="MB that must move", ylabel="ms")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
 def render(results: dict[str, Any]) -> str:
     """One self-contained HTML page."""
     rows = [{**row, "plot": _plot(row)} for row in tables(results)]
-    return _templates().get_template("report.html.j2").render(results=results, rows=rows, ours=OURS)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["ours"]["seconds"]:
+            groups.setdefault(f"{row['op']}, {row['dtype']}, {row['mode']}", []).append(row)
+    scaling = {title: _scaling(members) for title, members in groups.items()}
+    return _templates().get_template("report.html.j2").render(results=results, rows=rows, scaling=scaling, ours=OURS)
 
 
 def readme_section(files: list[dict[str, Any]]) -> str:

@@ -106,7 +106,7 @@ def verify(console: Console, only: str | None = None) -> int:
         if "cuda" in op.backends and not torch.cuda.is_available():
             reason = op.why_not("cuda", "cuda")
             console.print(
-                f"{op.name} cuda: compiled by the tests where nvcc is, not run here ({reason})", soft_wrap=True
+                f"{op.name} cuda: compiled, not run here ({reason}; the tests compile it where nvcc is)", soft_wrap=True
             )
     return code
 
