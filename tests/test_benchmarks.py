@@ -260,7 +260,8 @@ def test_report_shows_every_provider(results, tmp_path):
     environment.write_json(file, results)
     assert command.main(["report", str(file), "--out", str(page)]) == 0
     html = page.read_text()
-    assert html.count("<svg") == len(ROWS)
+    scaling = {(r.op, r.dtype, r.mode) for r in ROWS}  # a log-log plot each, and a bar plot a row
+    assert html.count("<svg") == len(ROWS) + len(scaling)
     for entry in results["rows"]:
         assert entry["provider"].removeprefix("ceiling:") in html and entry["size"] in html
     assert str(results["environment"]["commit"]) in html and "src=" not in html and 'href="http' not in html
