@@ -251,15 +251,13 @@ class Group:
         sample = self.spec.benchmark_sample(**row.arguments)
         self.options = sample.options
         first = self.spec.cast(sample, self.dtype, clock.device)
-        backward = row.mode == "forward+backward"
-        self.wanted = [n for n in self.spec.features if n in self.spec.differentiable] if backward else []
+        self.wanted = self.spec.gradients_of(row.mode, first)
         self.cost = self.spec.cost(sample, self.dtype, row.mode)
-        self.written = measure.nbytes(first[n] for n in self.wanted)
         self.scratch_bytes = self.spec.scratch_bytes(sample, self.dtype)
         self.functions, self.missing = providers(row, self.spec, stage, clock.device, first, self.options)
         ours = [n for n in self.functions if n.startswith(f"{measure.OURS}:")]
         self.verdicts = measure.gate(self.spec, self.dtype, sample, first, self.wanted, self.functions, ours)
-        copies = clock.copies(measure.nbytes(first[n] for n in self.spec.features))
+        copies = clock.copies(measure.nbytes(first[n] for n in self.spec.features if n in first))
         self.inputs = [first, *({k: t.clone() for k, t in first.items()} for _ in range(copies - 1))]
         results = measure.flat(self.spec.reference(*first.values(), **self.options))
         self.seeds = [torch.randn_like(r) for r in results if r.is_floating_point()]
@@ -322,7 +320,7 @@ class Group:
         extra: Mapping[str, int],
         notes: Mapping[str, str],
     ) -> list[dict[str, Any]]:
-        floor = floor_seconds(self.cost, self.written, self.dtype, self.ceilings)
+        floor = floor_seconds(self.cost, self.cost.written, self.dtype, self.ceilings)
         entries = []
         for name in [*self.functions, *(n for n in self.missing if n not in self.functions)]:
             verdict = self.verdicts.get(name)

@@ -240,17 +240,15 @@ class Prepared:
         sample = spec.benchmark_sample(**row.arguments)
         self.options = sample.options
         first = spec.cast(sample, dtype)
-        backward = row.mode == "forward+backward"
-        self.wanted = [n for n in spec.features if n in spec.differentiable] if backward else []
+        self.wanted = spec.gradients_of(row.mode, first)
         self.cost = spec.cost(sample, dtype, row.mode)
-        self.written = nbytes(first[n] for n in self.wanted)
         self.scratch_bytes = spec.scratch_bytes(sample, dtype)
 
         functions = {OURS: spec.function}
         functions |= {p.name: p.build(first, sample.options) for p in usable if p.applies(row.arguments)}
         self.verdicts = gate(spec, dtype, sample, first, self.wanted, functions)
         self.refused = self.verdicts[OURS].message  # our own error refuses the row
-        copies = rotations(nbytes(first[n] for n in spec.features))
+        copies = rotations(nbytes(first[n] for n in spec.features if n in first))
         self.inputs = [first, *({k: t.clone() for k, t in first.items()} for _ in range(copies - 1))]
         results = flat(spec.function(*first.values(), **self.options))
         generator = torch.Generator().manual_seed(3)
@@ -322,8 +320,8 @@ def summarise(
 
     def floor(n: int) -> float:
         """Least time in a round: what must be read at the reading ceiling, what must be written at the writing one."""
-        written = prepared.written / rates["write"][n] if prepared.written else 0.0
-        return (cost.bytes - prepared.written) / rates["read"][n] + written
+        written = cost.written / rates["write"][n] if cost.written else 0.0
+        return (cost.bytes - cost.written) / rates["read"][n] + written
 
     entries = []
     for provider in [*prepared.verdicts, *(f"ceiling:{kind}" for kind in ceilings.KINDS)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +62,43 @@ def one_of(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
         raise TypeError(f"{op}: {name} must be a string, got {type(value).__name__}")
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def same_channels(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors have the same second dimension."""
+    if value.shape[1] != other.shape[1]:
+        raise ValueError(f"{op}: {name} must have the channels of {other_name}, {other.shape[1]}, got {value.shape[1]}")
+
+
+def sequence(op: str, name: str, value: Any, what: str) -> None:
+    """A list or tuple with at least one element."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor or a sequence of them, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{op}: {name} must hold at least one {what}, got none")
+
+
+def odd(op: str, name: str, sizes: Sequence[int], largest: int) -> None:
+    """Odd sizes 1 ... largest."""
+    if any(n % 2 == 0 or not 1 <= n <= largest for n in sizes):
+        raise ValueError(f"{op}: {name} must have odd sizes 1 ... {largest}, got {' x '.join(str(n) for n in sizes)}")
+
+
+def same_dtype(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors have one dtype."""
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of {other_name}, got {_names([value.dtype])} and "
+            f"{_names([other.dtype])}: cast with {name}.to({other_name}.dtype)"
+        )
+
+
+def widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Under autocast, floating tensors promoted to the widest dtype among them; otherwise the tensors as they are."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return list(tensors)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return [t.to(dtype) for t in tensors]
 
 
 def boolean(op: str, name: str, value: Any) -> None:

@@ -86,8 +86,9 @@ class Op:
 
     ``forward(*tensors, *options) -> (*outputs, *saved)``: ``saved`` are small statistics for the backward.
     ``backward(*grads, *tensors, *saved, *options, *needs) -> one gradient per tensor``; a gradient whose ``need`` flag
-    is false comes back with 0 elements. ``reads(needs)``: positions of the tensors whose values the wanted gradients
-    depend on, and the gradients of those; the default is all.
+    is false comes back with 0 elements. The tensors at the positions ``lists`` are ``Tensor[]``, and so are their
+    gradients; their flags are ``bool[]``. Elsewhere tensors are counted one by one (`flatten`): ``reads(needs)`` gives
+    the positions of those whose values the wanted gradients depend on, and the gradients of those; the default is all.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Op:
     backward_schema: str
     backends: dict[str, Backend] = field(default_factory=dict)
     reads: Callable[[Sequence[bool]], Container[int]] = lambda needs: range(len(needs))
+    lists: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for suffix, schema in (("fwd", self.forward_schema), ("bwd", self.backward_schema)):
@@ -109,6 +111,20 @@ class Op:
                 _fss.impl(f"{self.name}_{suffix}", self._dispatcher(direction, key.lower()), key)
             _fss.impl(f"{self.name}_{suffix}", self._dispatcher(direction, "other"), "CompositeExplicitAutograd")
         ops[self.name] = self
+
+    def flatten(self, arguments: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
+        """What stands for the tensors, one by one, and how long each list is."""
+        if not self.lists:
+            return (), list(arguments)
+        sizes = tuple(len(arguments[i]) for i in self.lists)
+        return sizes, [v for i, a in enumerate(arguments) for v in (a if i in self.lists else (a,))]
+
+    def nest(self, sizes: Sequence[int], values: Sequence[Any]) -> list[Any]:
+        """The inverse of `flatten`."""
+        if not self.lists:
+            return list(values)
+        rest, lengths = iter(values), dict(zip(self.lists, sizes, strict=True))
+        return [[next(rest) for _ in range(lengths[i])] if i in lengths else next(rest) for i in range(self.tensors)]
 
     def add_compiled(self, backend: str) -> None:
         """Declares that ``_fss_cpu.so`` or ``_fss_cuda.so`` implements this op."""
@@ -135,14 +151,9 @@ class Op:
         torch.library.register_vmap(f"fss::{self.name}_fwd", forward, lib=_fss)
         torch.library.register_vmap(f"fss::{self.name}_bwd", backward, lib=_fss)
 
-    def register_autograd(
-        self, forward: type[torch.autograd.Function], backward: type[torch.autograd.Function]
-    ) -> None:
-        """Makes the raw ops differentiable by the rules of the two Functions: never a silent zero."""
-        for suffix, function in (("fwd", forward), ("bwd", backward)):
-            torch.library.register_autograd(
-                f"fss::{self.name}_{suffix}", function.backward, setup_context=function.setup_context, lib=_fss
-            )
+    def register_autograd(self, suffix: str, setup_context: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        """Makes a raw op (``"fwd"`` or ``"bwd"``) differentiable: never a silent zero."""
+        torch.library.register_autograd(f"fss::{self.name}_{suffix}", backward, setup_context=setup_context, lib=_fss)
 
     def why_not(self, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
         """Why ``backend`` cannot run this op on ``device`` (with features of ``dtype``), or None when it can."""
@@ -170,10 +181,10 @@ class Op:
         position = 0 if direction == "forward" else self.outputs  # of the features
 
         def run(*args: Any) -> Any:
-            backend = _forced.get()
+            backend, features = _forced.get(), args[position]
             if backend is None:
-                backend = self.default_backend(device, args[position])
-            elif (reason := self.why_not(backend, device, args[position].dtype)) is not None:
+                backend = self.default_backend(device, features)
+            elif (reason := self.why_not(backend, device, features.dtype)) is not None:
                 raise RuntimeError(f"{self.name}: backend {backend!r} is not available: {reason}")
             return getattr(self.backends[backend], direction)(*args)
 
@@ -231,10 +242,12 @@ def is_channels_last(features: torch.Tensor) -> bool:
     return features.stride(1) == 1 and channels > 1 and height * width > 1
 
 
-def empty_rows_like(features: torch.Tensor) -> torch.Tensor:
-    """An uninitialised dense tensor in the memory format of the features."""
+def empty_rows_like(features: torch.Tensor, channels: int | None = None) -> torch.Tensor:
+    """An uninitialised dense tensor in the memory format of the features, with as many channels or another number."""
     memory_format = torch.channels_last if is_channels_last(features) else torch.contiguous_format
-    return torch.empty(features.shape, dtype=features.dtype, device=features.device, memory_format=memory_format)
+    batch, own, height, width = features.shape
+    shape = (batch, own if channels is None else channels, height, width)
+    return torch.empty(shape, dtype=features.dtype, device=features.device, memory_format=memory_format)
 
 
 def stand_in(tensor: torch.Tensor) -> torch.Tensor:
@@ -242,6 +255,17 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim == 4 and is_channels_last(tensor):
         return tensor.new_zeros((1, tensor.shape[1], 1, 1)).expand(tensor.shape)
     return tensor.new_zeros((1,) * tensor.ndim).expand(tensor.shape)
+
+
+def fold(tensor: torch.Tensor, dim: int | None, size: int, into: int = 0) -> torch.Tensor:
+    """Merges a dimension mapped by vmap (expanded when there is none) into dimension ``into``."""
+    tensor = tensor.unsqueeze(into) if dim is None else tensor.movedim(dim, into)
+    return tensor.expand(*tensor.shape[:into], size, *tensor.shape[into + 1 :]).flatten(into, into + 1)
+
+
+def unfold(tensor: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
+    """Splits the mapped dimension off again."""
+    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
 
 
 def accumulate_dtype(features: torch.Tensor) -> torch.dtype:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from fss_kernels.ops import masked_avg_pool
+from fss_kernels.ops import dynamic_conv2d, masked_avg_pool
 
 
 class MaskedAvgPool(nn.Module):
@@ -27,3 +29,25 @@ class MaskedAvgPool(nn.Module):
     def extra_repr(self) -> str:
         """The options, for printing."""
         return f"eps={self.eps}, resize={self.resize!r}, align_corners={self.align_corners}"
+
+
+class DynamicConv2d(nn.Module):
+    """`fss_kernels.dynamic_conv2d` with its option fixed.
+
+    Example:
+        >>> import torch
+        >>> DynamicConv2d()(torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1, 3))
+        tensor([[[[2., 3., 2.]]]])
+    """
+
+    def __init__(self, *, merge: bool = False) -> None:
+        super().__init__()
+        self.merge = merge
+
+    def forward(self, x: Tensor, kernels: Tensor | Sequence[Tensor]) -> Tensor:
+        """x (B, C, H, W) and kernels (B, C, kh, kw), one or several, to (B, L*C, H, W) or their sum."""
+        return dynamic_conv2d(x, kernels, merge=self.merge)
+
+    def extra_repr(self) -> str:
+        """The option, for printing."""
+        return f"merge={self.merge}"

@@ -53,10 +53,11 @@ class BadInput:
 
 @dataclass(frozen=True)
 class Cost:
-    """Least work of one call: bytes that must move and floating-point operations."""
+    """Least work of one call: bytes that must move, floating-point operations, and how many of the bytes are written."""
 
     bytes: int
     flops: int
+    written: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Spec:
     """Everything the generic batteries and the benchmarks need to know of one op."""
 
     name: str
-    function: Callable[..., Any]  # public function
+    function: Callable[..., Any]  # public function, with every tensor as an argument of its own
     op: _library.Op
     reference: Callable[..., Any]  # differentiable plain PyTorch, same call as `function`: the oracle in float64
     plain: Callable[..., Any]  # the formula as the field writes it, same call: sets the tolerance
@@ -75,8 +76,16 @@ class Spec:
     bad_inputs: Callable[[], Iterable[BadInput]]
     sizes: dict[str, dict[str, Any]]  # label -> arguments of `benchmark_sample`, and "modes" unless all are measured
     benchmark_sample: Callable[..., Sample]
-    cost: Callable[[Sample, torch.dtype, str], Cost]  # mode "forward" or "forward+backward"
+    cost: Callable[[Sample, torch.dtype, str], Cost]  # mode "forward", "forward+backward" or one of `wanted`
     scratch_bytes: Callable[[Sample, torch.dtype], int]  # extra memory of a forward call
+    public: Callable[..., Any] | None = None  # where it takes lists of tensors and `function` does not
+    wanted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # benchmark mode -> whose gradients it takes
+    static: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor -> dimensions fixed under torch.compile
+
+    def gradients_of(self, mode: str, tensors: Iterable[str]) -> list[str]:
+        """Those of the named tensors whose gradients a benchmark mode takes."""
+        features = () if mode == "forward" else self.features
+        return [n for n in self.wanted.get(mode, features) if n in self.differentiable and n in tensors]
 
     def cast(self, sample: Sample, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """The tensors of a sample rounded to the tested dtype; other floating tensors to its accumulation type."""
@@ -227,9 +236,19 @@ def gradients(
     return [o.detach() for o in outputs], list(grads)
 
 
+def raw_backward(spec: Spec, results: Any, arguments: tuple[Any, ...], needs: Iterable[bool]) -> tuple[Any, ...]:
+    """Arguments of the raw backward op: the forward's results stand for the gradients of its outputs; one flag a
+    tensor."""
+    op = spec.op
+    sizes, _ = op.flatten(arguments[: op.tensors])
+    flags = op.nest(sizes, list(needs))
+    tensors, options = arguments[: op.tensors], arguments[op.tensors :]
+    return (*results[: op.outputs], *tensors, *results[op.outputs :], *options, *flags)
+
+
 def differentiable_names(spec: Spec, tensors: dict[str, Tensor]) -> list[str]:
     """The differentiable tensors of a sample that are floating."""
-    return [name for name in spec.differentiable if tensors[name].is_floating_point()]
+    return [name for name in spec.differentiable if name in tensors and tensors[name].is_floating_point()]
 
 
 def evaluate(

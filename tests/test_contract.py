@@ -12,6 +12,7 @@ from fss_kernels import _library, testing
 
 BAD = [pytest.param(spec, bad, id=f"{spec.name}-{bad.id}") for spec in SPECS for bad in spec.bad_inputs()]
 SIGNATURES = {
+    "dynamic_conv2d": "(x, kernels, *, merge=False)",
     "masked_avg_pool": "(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",
 }
 
@@ -19,20 +20,21 @@ SIGNATURES = {
 @pytest.mark.parametrize("spec, bad", BAD)
 def test_bad_input(spec, bad):
     with pytest.raises(bad.error, match=f"^{re.escape(bad.message)}$"):
-        spec.function(*bad.args, **bad.options)
+        (spec.public or spec.function)(*bad.args, **bad.options)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
 def test_public_signature(spec):
-    signature = inspect.signature(spec.function)
+    function = spec.public or spec.function
+    signature = inspect.signature(function)
     bare = signature.replace(
         parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
         return_annotation=signature.empty,
     )
     assert str(bare) == SIGNATURES[spec.name]
-    assert getattr(fss_kernels, spec.name) is spec.function
+    assert getattr(fss_kernels, spec.name) is function
     for word in ("Args:", "Returns:", "Raises:", "Example:", "Cost:", "Source"):
-        assert word in spec.function.__doc__
+        assert word in function.__doc__
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])

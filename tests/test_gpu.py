@@ -200,12 +200,10 @@ def test_opcheck(spec, backend, layout):
     for name in testing.differentiable_names(spec, tensors):
         tensors[name].requires_grad_()
     arguments = spec.arguments(*tensors.values(), **sample.options)
-    n_in, n_out = spec.op.tensors, spec.op.outputs
     with fss_kernels.use_backend(backend):
         assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}
         results = [r.detach() for r in spec.op.fwd(*arguments)]
-        grads = [torch.ones_like(r) for r in results[:n_out]]
-        backward = (*grads, *arguments[:n_in], *results[n_out:], *arguments[n_in:], *(True,) * n_in)
+        backward = testing.raw_backward(spec, results, arguments, [True] * len(tensors))
         assert set(opcheck(spec.op.bwd, backward, test_utils=OPCHECK).values()) == {"SUCCESS"}
 
 

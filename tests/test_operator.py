@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SPECS, ids, sample_of
 from torch.library import opcheck
+from torch.utils import _pytree as pytree
 
 from fss_kernels import testing
 
@@ -25,11 +26,10 @@ def test_opcheck(spec, layout, requires_grad):
     arguments = raw_arguments(spec, sample, torch.float32, layout, requires_grad)
     assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}
 
-    results = [r.detach() for r in spec.op.fwd(*arguments)]
-    n_in, n_out = spec.op.tensors, spec.op.outputs
-    grads = [torch.ones_like(r).requires_grad_(requires_grad) for r in results[:n_out]]
-    for needs in ((True,) * n_in, (True,) + (False,) * (n_in - 1), (False,) * (n_in - 1) + (True,)):
-        backward = (*grads, *arguments[:n_in], *results[n_out:], *arguments[n_in:], *needs)
+    n_in, n_out = len(sample.tensors), spec.op.outputs
+    results = [r.detach().requires_grad_(requires_grad and i < n_out) for i, r in enumerate(spec.op.fwd(*arguments))]
+    for needs in ([True] * n_in, [i == 0 for i in range(n_in)], [i == n_in - 1 for i in range(n_in)]):
+        backward = testing.raw_backward(spec, results, arguments, needs)
         assert set(opcheck(spec.op.bwd, backward, test_utils=OPCHECK).values()) == {"SUCCESS"}
 
 
@@ -45,16 +45,15 @@ def test_fake_agrees(spec, dtype):
                 continue
             arguments = raw_arguments(spec, sample, dtype, layout, False)
             real = spec.op.fwd(*arguments)
-            n_in, n_out = spec.op.tensors, spec.op.outputs
-            backward = (*real[:n_out], *arguments[:n_in], *real[n_out:], *arguments[n_in:])
-            backward += tuple(a.is_floating_point() for a in arguments[:n_in])
-            real = (*real, *spec.op.bwd(*backward))
+            needs = [t.is_floating_point() for t in sample.tensors.values()]
+            backward = testing.raw_backward(spec, real, arguments, needs)
+            real = (*real, *spec.op.flatten(spec.op.bwd(*backward))[1])
             with FakeTensorMode() as mode:
 
                 def fake(args, mode=mode):
-                    return [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+                    return pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
 
-                results = (*spec.op.fwd(*fake(arguments)), *spec.op.bwd(*fake(backward)))
+                results = (*spec.op.fwd(*fake(arguments)), *spec.op.flatten(spec.op.bwd(*fake(backward)))[1])
             for r, f in zip(real, results, strict=True):
                 assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
@@ -64,9 +63,10 @@ def test_raw_op_is_differentiable(spec):
     """torch.ops.fss.<op>_fwd called directly has the gradients of the public function."""
     sample = next(iter(spec.samples()))
     arguments = raw_arguments(spec, sample, torch.float64, "contiguous", True)
-    free = [a for a in arguments[: spec.op.tensors] if a.requires_grad]
+    tensors = spec.op.flatten(arguments[: spec.op.tensors])[1]
+    free = [t for t in tensors if t.requires_grad]
     raw = torch.autograd.grad(spec.op.fwd(*arguments)[0].pow(2).sum(), free)
-    public = torch.autograd.grad(spec.function(*arguments[: spec.op.tensors], **sample.options).pow(2).sum(), free)
+    public = torch.autograd.grad(spec.function(*tensors, **sample.options).pow(2).sum(), free)
     for r, p in zip(raw, public, strict=True):
         torch.testing.assert_close(r, p, rtol=0, atol=0)
 

@@ -82,11 +82,14 @@ inline Rows as_rows(const Tensor& x) {
   return {torch::stable::contiguous(x), false, x.size(1) * pixels, pixels};
 }
 
-inline Tensor empty_rows_like(const Tensor& x) {
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+// (B, channels, H, W) in the memory format of x.
+inline Tensor empty_rows_like(const Tensor& x, int64_t channels) {
+  return torch::stable::empty({x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
                               is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast
                                                   : torch::headeronly::MemoryFormat::Contiguous);
 }
+
+inline Tensor empty_rows_like(const Tensor& x) { return empty_rows_like(x, x.size(1)); }
 
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);

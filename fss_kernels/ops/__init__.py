@@ -1,3 +1,4 @@
 """The ops, one folder each."""
 
+from fss_kernels.ops.dynamic_conv2d import dynamic_conv2d
 from fss_kernels.ops.masked_avg_pool import masked_avg_pool as masked_avg_pool

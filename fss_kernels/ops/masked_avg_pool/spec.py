@@ -145,7 +145,7 @@ def _cost(sample: Sample, dtype: torch.dtype, mode: str) -> Cost:
     flops = 2 * mask.shape[1] * features.numel()
     if mode == "forward":
         return Cost(reads, flops)
-    return Cost(reads + features.numel() * size, 2 * flops)
+    return Cost(reads + features.numel() * size, 2 * flops, features.numel() * size)
 
 
 def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
