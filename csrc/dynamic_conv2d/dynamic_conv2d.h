@@ -5,11 +5,12 @@
 // A register holds `lanes` neighbours that share an offset: columns of one plane, or channels of one pixel when the
 // tensor is channels_last. Only copying in and out knows which; the arithmetic is the same code.
 //
-// Decomposition: a task copies a strip of rows with its halo of zeros, widened, into scratch that stays in cache,
-// computes every output of it from there and writes each result once. Strips are cut by the shape alone.
+// Decomposition: a task copies a strip of rows with its halo of zeros, widened, into scratch that stays in cache and
+// computes every output of it from there, straight into memory. Strips are cut by the shape alone. While a strip is
+// computed, the next one's input, and the lines its results will go to, are fetched.
 // Registers: kTile rows at once; a shifted vector of x serves every tap and every output it meets, a tap kTile rows.
-// Traffic: x once (and the halo of a strip), the outputs once, past the caches when they are large. The backward reads
-// x and the gradients once and writes both results from the same strips.
+// Traffic: x once (and the halo of a strip), the outputs once; the backward reads x and the gradients once and writes
+// both results from the same strips. Lines that a register fills alone are written past the caches.
 // Gradients to the kernels: one task owns a plane (or `lanes` channels), so each is a plain sum in one order.
 // Accumulation: float32 (float64 for float64); a strip's sums are added up strip by strip.
 //
@@ -46,15 +47,15 @@ struct Cross {
 struct ConvArgs {
   int64_t batch, channels, height, width;
   bool channels_last;
-  bool stream;  // write results past the caches
+  bool stream;  // results are too large to stay in cache
   const void* x;
   int64_t stride_b, stride_row;  // of x: samples; planes, or pixels when channels_last
   const void* grad;              // (B, L*C, H, W), for the backward
   int64_t grad_stride_b, grad_stride_row;
-  void* kernels;  // (B, C, T) in the accumulation type
-  void* out;            // (B, L*C, H, W) dense
-  void* grad_x;         // (B, C, H, W) dense, or null
-  void* grad_kernels;   // (B, C, T) in the accumulation type, or null
+  void* kernels;       // (B, C, T) in the accumulation type
+  void* out;           // (B, L*C, H, W) dense
+  void* grad_x;        // (B, C, H, W) dense, or null
+  void* grad_kernels;  // (B, C, T) in the accumulation type, or null
   int64_t outputs, taps;
   const int64_t* first;  // (L + 1): output o has the taps [first[o], first[o + 1])
   const Tap* tap;        // (T)
@@ -75,20 +76,24 @@ namespace dynamic_conv2d {
 
 using namespace fss::dynamic_conv2d;
 
-// Rows of one register tile: as many as leave the accumulators of three outputs in registers.
-constexpr int kTile = FSS_ISA_LEVEL == 2 ? 4 : 2;
+// Rows of one register tile: as many as leave accumulators and window in the 32 or 16 registers. A remainder goes in
+// tiles of kTail and single rows.
+constexpr int kTile = FSS_ISA_LEVEL == 2 ? 4 : 2;      // three outputs
+constexpr int kTileOne = FSS_ISA_LEVEL == 2 ? 8 : 4;   // one result
+constexpr int kTileSums = FSS_ISA_LEVEL == 2 ? 6 : 2;  // sums for the kernels
+constexpr int kTail = 2;
 
 // Where things are in a strip's scratch, in elements.
 template <class A>
 struct Strip {
-  int64_t rows;          // of a full strip
-  int64_t step;          // from a column to the next: 1, or lanes when channels_last
-  int64_t blocks;        // vectors in a row of outputs
-  int64_t block;         // from one of them to the next
-  int64_t pitch;         // of the padded scratch: from a row to the next
-  int64_t out_pitch;     // the same of the results, which are dense
-  int64_t groups;        // vectors of channels that a task owns
-  int64_t padded, dense;  // elements of the padded and of the dense scratch of one vector of channels
+  int64_t rows;       // of a full strip
+  int64_t step;       // from a column to the next: 1, or lanes when channels_last
+  int64_t blocks;     // vectors in a row of outputs
+  int64_t block;      // from one of them to the next
+  int64_t pitch;      // of the padded scratch: from a row to the next
+  int64_t out_pitch;  // the same of the results, which are dense
+  int64_t groups;     // vectors of channels that a task owns
+  int64_t padded;     // elements of the scratch of one vector of channels
 
   explicit Strip(const ConvArgs& args, int64_t type_bytes) {
     constexpr int64_t n = lanes<A>;
@@ -98,12 +103,10 @@ struct Strip {
     blocks = args.channels_last ? args.width : columns / n;
     groups = args.channels_last ? std::max<int64_t>(1, kChannelBytes / type_bytes / n) : 1;
     pitch = (columns + 2 * args.reach_columns) * step;
-    out_pitch = args.width * step;
     const int64_t fit = kStripBytes / int64_t(sizeof(A)) / pitch - 2 * args.reach_rows;
-    rows = std::min(args.height, std::max<int64_t>(2 * kTile, fit));
+    rows = std::min(args.height, std::max<int64_t>(2 * kTileOne, fit));
     rows = ceil_div(args.height, ceil_div(args.height, rows));  // strips of the same size
     padded = (rows + 2 * args.reach_rows) * pitch;
-    dense = rows * out_pitch + n;  // the last vector of a row may pass its end
   }
   int64_t count(const ConvArgs& args) const { return ceil_div(args.height, rows); }
 };
@@ -132,8 +135,8 @@ void gather_kernels(const ConvArgs& args, const Branch* branches, int64_t count,
     A* to = static_cast<A*>(args.kernels) + task * args.taps;
     std::fill_n(to, args.taps, A(0));
     for (const Branch* k = branches; k < branches + count; ++k) {
-      const T* from = static_cast<const T*>(k->data) + task / args.channels * k->stride_b +
-                      task % args.channels * k->stride_c;
+      const T* from =
+          static_cast<const T*>(k->data) + task / args.channels * k->stride_b + task % args.channels * k->stride_c;
       for (int64_t i = 0; i < k->height * k->width; ++i) {
         to[k->tap[i]] += widen<A>(from[i / k->width * k->stride_h + i % k->width * k->stride_w]);
       }
@@ -158,25 +161,28 @@ void scatter_kernels(const ConvArgs& args, const Branch* branches, int64_t count
 
 // ---- between tensors and scratch ------------------------------------------------------------------------------------
 
-// Rows [y0, y1) of a plane with its halo; rows and columns outside it are 0.
+// Rows [y0, y1) of a plane with its halo; rows and columns outside it are 0. What passes the end of a row is
+// overwritten by the next one: scratch has room for one more vector.
 template <class T, class A>
 void pad_plane(const ConvArgs& args, const Strip<A>& s, const T* plane, int64_t y0, int64_t y1, A* padded) {
   constexpr int64_t n = lanes<A>;
-  const int64_t w = args.width;
+  const int64_t w = args.width, right = s.pitch - args.reach_columns - w;
+  const vec<A> zero = {};
   for (int64_t y = y0 - args.reach_rows; y < y1 + args.reach_rows; ++y, padded += s.pitch) {
     if (y < 0 || y >= args.height) {
-      std::fill_n(padded, s.pitch, A(0));
+      for (int64_t z = 0; z < s.pitch; z += n) store(padded + z, zero);
       continue;
     }
     const T* row = plane + y * w;
     A* to = padded + args.reach_columns;
-    std::fill_n(padded, args.reach_columns, A(0));
-    int64_t z = 0;
-    for (; z + n <= w; z += n) store(to + z, load(row + z));
-    if (z < w) {
-      for (; z < w; ++z) to[z] = widen<A>(row[z]);
+    store(padded, zero);
+    if (w < n) {
+      store(to, load_partial(row, w));
+    } else {
+      for (int64_t z = 0; z + n <= w; z += n) store(to + z, load(row + z));
+      store(to + w - n, load(row + w - n));
     }
-    std::fill(to + w, padded + s.pitch, A(0));
+    for (int64_t z = 0; z < right; z += n) store(to + w + z, zero);
   }
 }
 
@@ -201,21 +207,64 @@ void pad_channels(const ConvArgs& args, const Strip<A>& s, const T* pixels, int6
   }
 }
 
-// `count` results to dense memory.
-template <class T, class A>
-void write_plane(const A* from, T* to, int64_t count, bool past_caches) {
-  constexpr int64_t n = lanes<A>;
-  int64_t i = 0;
-  if (past_caches) {
-    constexpr int64_t line = 64 / int64_t(sizeof(T));
-    const int64_t head = int64_t((64 - reinterpret_cast<uintptr_t>(to) % 64) % 64 / sizeof(T));
-    for (; i < std::min(head, count); ++i) to[i] = narrow<T>(from[i]);
-    for (; i + line <= count; i += line) {
-      for (int64_t j = 0; j < line; j += n) stream(to + i + j, load(from + i + j));
+// How a register leaves: whole, past the caches, or its first lanes.
+struct Whole {
+  template <class T, class V>
+  void operator()(T* to, V v) const {
+    store(to, v);
+  }
+};
+struct Streamed {
+  template <class T, class V>
+  void operator()(T* to, V v) const {
+    stream(to, v);
+  }
+};
+struct Partial {
+  int64_t count;
+  template <class T, class V>
+  void operator()(T* to, V v) const {
+    store_partial(to, v, count);
+  }
+};
+
+// Results of one vector of channels in a dense (B, outputs * C, H, W) tensor, from one output's first row on.
+template <class T>
+struct Target {
+  T* to;
+  int64_t row, column, output;  // from one to the next
+
+  Target(const ConvArgs& args, void* data, int64_t outputs, int64_t b, int64_t c, int64_t y) {
+    const int64_t pixels = args.height * args.width, all = outputs * args.channels;
+    T* sample = static_cast<T*>(data) + b * all * pixels;
+    if (args.channels_last) {
+      to = sample + y * args.width * all + c;
+      row = args.width * all, column = all, output = args.channels;
+    } else {
+      to = sample + c * pixels + y * args.width;
+      row = args.width, column = 1, output = args.channels * pixels;
     }
   }
-  for (; i + n <= count; i += n) store(to + i, load(from + i));
-  if (i < count) store_partial(to + i, load(from + i), count - i);
+  // Whether every register is a cache line of its own.
+  template <class A>
+  bool lines(const ConvArgs& args) const {
+    constexpr int64_t n = lanes<A>, line = 64 / int64_t(sizeof(T));
+    return n == line && reinterpret_cast<uintptr_t>(to) % 64 == 0 && row % line == 0 && output % line == 0 &&
+           (args.channels_last ? column % line == 0 : args.width % n == 0);
+  }
+};
+
+// Calls f(put) with the way in which the registers of `target` leave; `count` channels of one.
+template <class A, class T, class F>
+inline void with_put(const ConvArgs& args, const Target<T>& target, int64_t count, const F& f) {
+  const int64_t filled = args.channels_last ? count : args.width;
+  if (filled < lanes<A>) {
+    f(Partial{filled});
+  } else if (args.stream && target.template lines<A>(args)) {
+    f(Streamed{});
+  } else {
+    f(Whole{});
+  }
 }
 
 // Kernels of one owner's vector of channels as vectors (T, lanes): one value a plane, or one a channel.
@@ -246,9 +295,9 @@ struct Window {
 };
 
 // 5x5, and 5x1 and 1x5 with Three. Flipped kernels give the gradient to x of one output.
-template <int Rows, bool Three, class A>
+template <int Rows, bool Three, class A, class T, class Put>
 inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square, const A* vertical, const A* horizontal,
-                       A* const (&out)[3], int64_t out_pitch) {
+                       T* const (&out)[3], int64_t out_pitch, Put put) {
   constexpr int64_t n = lanes<A>;
   vec<A> acc[3][Rows] = {};
 #pragma GCC unroll 5
@@ -272,14 +321,14 @@ inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square,
     }
   }
   for (int o = 0; o < (Three ? 3 : 1); ++o) {
-    for (int i = 0; i < Rows; ++i) store(out[o] + i * out_pitch, acc[o][i]);
+    for (int i = 0; i < Rows; ++i) put(out[o] + i * out_pitch, acc[o][i]);
   }
 }
 
 // The gradient to x: sum over the outputs of their gradients with flipped kernels.
-template <int Rows, bool Three, class A>
+template <int Rows, bool Three, class A, class T, class Put>
 inline void cross_tile_grad(const A* const (&grad)[3], int64_t pitch, int64_t step, const A* square, const A* vertical,
-                            const A* horizontal, A* out, int64_t out_pitch) {
+                            const A* horizontal, T* out, int64_t out_pitch, Put put) {
   constexpr int64_t n = lanes<A>;
   vec<A> acc[Rows] = {};
 #pragma GCC unroll 5
@@ -303,7 +352,7 @@ inline void cross_tile_grad(const A* const (&grad)[3], int64_t pitch, int64_t st
       for (int i = 0; i < Rows; ++i) acc[i] += window.v[i + r] * k;
     }
   }
-  for (int i = 0; i < Rows; ++i) store(out + i * out_pitch, acc[i]);
+  for (int i = 0; i < Rows; ++i) put(out + i * out_pitch, acc[i]);
 }
 
 template <class A>
@@ -330,7 +379,7 @@ inline void cross_sums_column(const A* x, const A* const (&grad)[3], int64_t pit
     if constexpr (decltype(masked)::value) {
       for (auto& row : window.v) row = keep<A>(row, last);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i) {
       const vec<A> g = load(grad[0] + at + i * pitch);
 #pragma GCC unroll 5
@@ -352,14 +401,19 @@ inline void cross_sums_column(const A* x, const A* const (&grad)[3], int64_t pit
   }
 }
 
-template <int Rows, bool Three, class A>
+template <int Rows, bool Three, class A, class Step>
 inline void cross_sums(const A* x, const A* const (&grad)[3], int64_t pitch, int64_t step, int64_t block,
-                       int64_t blocks, vec<A> last, A* square, A* vertical, A* horizontal) {
+                       int64_t blocks, vec<A> last, A* square, A* vertical, A* horizontal, Step done) {
   cross_sums_column<Rows, Three, 0>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
+  done();
   cross_sums_column<Rows, Three, 1>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
+  done();
   cross_sums_column<Rows, Three, 2>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
+  done();
   cross_sums_column<Rows, Three, 3>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
+  done();
   cross_sums_column<Rows, Three, 4>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
+  done();
 }
 
 // Any taps: Sign is 1 for the outputs and -1 for the gradient to x.
@@ -374,98 +428,171 @@ inline void any_tile(const A* center, int64_t pitch, int64_t step, const Tap* ta
   }
 }
 
+// ---- what happens beside the arithmetic
+// ------------------------------------------------------------------------------
+
+// Memory that the next strip will read or write: `count` pieces of `bytes`, `stride` apart.
+struct Fetch {
+  const char* data;
+  int64_t count, stride, bytes;
+  bool write;
+
+  // always_inline: GCC takes a function that only prefetches for one without effect, and drops its calls
+  __attribute__((always_inline)) void run(int64_t part, int64_t parts) const {
+    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+      const char* piece = data + i * stride;
+      for (int64_t at = 0; at < bytes; at += 64)
+        write ? __builtin_prefetch(piece + at, 1, 3) : __builtin_prefetch(piece + at, 0, 2);
+    }
+  }
+};
+
+// A share of the fetches after every tile: one after the other, reading and computing would take turns.
+struct Ahead {
+  std::vector<Fetch> fetches;
+  int64_t part = 0, parts = 1;
+
+  void restart(int64_t steps) {
+    fetches.clear();
+    part = 0, parts = steps;
+  }
+  void step() {
+    if (part >= parts) return;
+    for (const Fetch& fetch : fetches) fetch.run(part, parts);
+    ++part;
+  }
+};
+
+// n elements on a cache line.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : memory_(size_t(n) + 64 / sizeof(A)) {}
+  A* data() {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory_.data());
+    return memory_.data() + (64 - start % 64) % 64 / sizeof(A);
+  }
+
+ private:
+  std::vector<A> memory_;
+};
+
 // ---- one strip ------------------------------------------------------------------------------------------------------
 
-// Calls f(integral_constant<Rows>, first row) for tiles that cover [0, rows).
-template <class F>
+// Calls f(integral_constant<Rows>, first row) for tiles that cover [0, rows). With Overlap the last one moves up to be
+// whole, and repeats a few rows.
+template <int Rows, bool Overlap, class F>
 inline void each_tile(int64_t rows, const F& f) {
   int64_t y = 0;
-  for (; y + kTile <= rows; y += kTile) f(std::integral_constant<int, kTile>{}, y);
+  for (; y + Rows <= rows; y += Rows) f(std::integral_constant<int, Rows>{}, y);
+  if (Overlap && y < rows && rows >= Rows) return f(std::integral_constant<int, Rows>{}, rows - Rows);
+  for (; y + kTail <= rows; y += kTail) f(std::integral_constant<int, kTail>{}, y);
   for (; y < rows; ++y) f(std::integral_constant<int, 1>{}, y);
 }
-
-// Vectors of a row whose last one ends with the row where the row is long enough; results past its end are overwritten
-// by the next row or never read.
-template <class A, class F>
-inline void each_vector(const ConvArgs& args, const Strip<A>& s, const F& f) {
-  constexpr int64_t n = lanes<A>;
-  for (int64_t j = 0; j < s.blocks; ++j) {
-    const bool last = !args.channels_last && j + 1 == s.blocks && args.width >= n;
-    f(last ? args.width - n : j * s.block);
-  }
+// How many those are, without and with Overlap.
+inline int64_t tiles(int64_t rows, int64_t tile) { return rows / tile + rows % tile / kTail + rows % tile % kTail; }
+inline int64_t overlapping_tiles(int64_t rows, int64_t tile) {
+  return rows < tile ? tiles(rows, tile) : ceil_div(rows, tile);
 }
 
-// x padded (one vector of channels) -> outputs (L, rows, ...) dense.
-template <class A>
-void convolve(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x, const A* kernels, A* out) {
+// Calls f(column) for the vectors of a row. Of planes the last one ends with the row, where the row is long enough.
+template <class A, class F>
+inline void each_vector(const ConvArgs& args, const Strip<A>& s, const F& f) {
+  const int64_t next = args.channels_last ? 1 : lanes<A>;
+  for (int64_t j = 0; j + 1 < s.blocks; ++j) f(j * next);
+  f(args.channels_last || args.width < lanes<A> ? (s.blocks - 1) * next : args.width - lanes<A>);
+}
+
+// x padded (one vector of channels) -> outputs.
+template <class A, class T, class Put, class Step>
+void convolve(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x, const A* kernels, const Target<T>& out,
+              Put put, Step step) {
   constexpr int64_t n = lanes<A>;
-  each_tile(rows, [&](auto tile, int64_t y) {
-    constexpr int R = decltype(tile)::value;
-    each_vector(args, s, [&](int64_t at) {
-      const A* from = x + y * s.pitch + at;
-      A* to = out + y * s.out_pitch + at;
-      if (args.cross) {
-        const Cross& k = args.sizes;
-        const auto output = [&](int64_t first) {
-          int64_t o = 0;
-          while (args.first[o] != first) ++o;
-          return to + o * s.dense;
-        };
-        if (args.outputs == 3) {
-          A* const outs[3] = {output(k.square), output(k.vertical), output(k.horizontal)};
-          cross_tile<R, true>(from, s.pitch, s.step, kernels + k.square * n, kernels + k.vertical * n,
-                              kernels + k.horizontal * n, outs, s.out_pitch);
-        } else {
-          A* const outs[3] = {to, nullptr, nullptr};
-          cross_tile<R, false, A>(from, s.pitch, s.step, kernels, nullptr, nullptr, outs, s.out_pitch);
-        }
-        return;
+  const Cross& k = args.sizes;
+  if (args.cross) {
+    const auto run = [&](auto three) {
+      constexpr bool Three = decltype(three)::value;
+      const A *square = kernels + k.square * n, *vertical = Three ? kernels + k.vertical * n : nullptr,
+              *horizontal = Three ? kernels + k.horizontal * n : nullptr;
+      T* outs[3] = {out.to, nullptr, nullptr};
+      for (int64_t o = 0; o < (Three ? 3 : 0); ++o) {
+        outs[args.first[o] == k.square ? 0 : args.first[o] == k.vertical ? 1 : 2] = out.to + o * out.output;
       }
-      const A* center = from + args.reach_rows * s.pitch + args.reach_columns * s.step;
+      each_tile<Three ? kTile : kTileOne, true>(rows, [&](auto tile, int64_t y) {
+        each_vector(args, s, [&](int64_t z) {
+          const int64_t at = y * out.row + z * out.column;
+          T* const to[3] = {outs[0] + at, Three ? outs[1] + at : nullptr, Three ? outs[2] + at : nullptr};
+          cross_tile<decltype(tile)::value, Three>(x + y * s.pitch + z * s.step, s.pitch, s.step, square, vertical,
+                                                   horizontal, to, out.row, put);
+          step();
+        });
+      });
+    };
+    return args.outputs == 3 ? run(std::true_type{}) : run(std::false_type{});
+  }
+  const A* center = x + args.reach_rows * s.pitch + args.reach_columns * s.step;
+  each_tile<kTileOne, true>(rows, [&](auto tile, int64_t y) {
+    constexpr int R = decltype(tile)::value;
+    each_vector(args, s, [&](int64_t z) {
       for (int64_t o = 0; o < args.outputs; ++o) {
         vec<A> acc[R] = {};
-        any_tile<R, 1>(center, s.pitch, s.step, args.tap + args.first[o], args.first[o + 1] - args.first[o],
-                       kernels + args.first[o] * n, acc);
-        for (int i = 0; i < R; ++i) store(to + o * s.dense + i * s.out_pitch, acc[i]);
+        any_tile<R, 1>(center + y * s.pitch + z * s.step, s.pitch, s.step, args.tap + args.first[o],
+                       args.first[o + 1] - args.first[o], kernels + args.first[o] * n, acc);
+        T* to = out.to + o * out.output + y * out.row + z * out.column;
+        for (int i = 0; i < R; ++i) put(to + i * out.row, acc[i]);
       }
+      step();
     });
   });
 }
-
-// gradients padded (L, padded) -> gradient to x (rows, ...) dense.
 template <class A>
+int64_t convolve_steps(const ConvArgs& args, const Strip<A>& s, int64_t rows) {
+  return overlapping_tiles(rows, args.cross && args.outputs == 3 ? kTile : kTileOne) * s.blocks;
+}
+
+// Gradients padded (L, padded) -> gradient to x.
+template <class A, class T, class Put, class Step>
 void convolve_back(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* const* grads, const A* kernels,
-                   A* out) {
+                   const Target<T>& out, Put put, Step step) {
   constexpr int64_t n = lanes<A>;
-  each_tile(rows, [&](auto tile, int64_t y) {
+  const Cross& k = args.sizes;
+  if (args.cross) {
+    const auto run = [&](auto three) {
+      constexpr bool Three = decltype(three)::value;
+      const A *square = kernels + k.square * n, *vertical = Three ? kernels + k.vertical * n : nullptr,
+              *horizontal = Three ? kernels + k.horizontal * n : nullptr;
+      each_tile<kTileOne, true>(rows, [&](auto tile, int64_t y) {
+        each_vector(args, s, [&](int64_t z) {
+          const int64_t from = y * s.pitch + z * s.step;
+          const A* const g[3] = {grads[0] + from, Three ? grads[1] + from : nullptr, Three ? grads[2] + from : nullptr};
+          cross_tile_grad<decltype(tile)::value, Three>(g, s.pitch, s.step, square, vertical, horizontal,
+                                                        out.to + y * out.row + z * out.column, out.row, put);
+          step();
+        });
+      });
+    };
+    return args.outputs == 3 ? run(std::true_type{}) : run(std::false_type{});
+  }
+  const int64_t center = args.reach_rows * s.pitch + args.reach_columns * s.step;
+  each_tile<kTileOne, true>(rows, [&](auto tile, int64_t y) {
     constexpr int R = decltype(tile)::value;
-    each_vector(args, s, [&](int64_t at) {
-      const int64_t offset = y * s.pitch + at;
-      A* to = out + y * s.out_pitch + at;
-      if (args.cross && args.outputs == 3) {
-        const Cross& k = args.sizes;
-        const A* const from[3] = {grads[0] + offset, grads[1] + offset, grads[2] + offset};
-        cross_tile_grad<R, true>(from, s.pitch, s.step, kernels + k.square * n, kernels + k.vertical * n,
-                                 kernels + k.horizontal * n, to, s.out_pitch);
-      } else if (args.cross) {
-        const A* const from[3] = {grads[0] + offset, nullptr, nullptr};
-        cross_tile_grad<R, false, A>(from, s.pitch, s.step, kernels, nullptr, nullptr, to, s.out_pitch);
-      } else {
-        const int64_t center = offset + args.reach_rows * s.pitch + args.reach_columns * s.step;
-        vec<A> acc[R] = {};
-        for (int64_t o = 0; o < args.outputs; ++o) {
-          any_tile<R, -1>(grads[o] + center, s.pitch, s.step, args.tap + args.first[o],
-                          args.first[o + 1] - args.first[o], kernels + args.first[o] * n, acc);
-        }
-        for (int i = 0; i < R; ++i) store(to + i * s.out_pitch, acc[i]);
+    each_vector(args, s, [&](int64_t z) {
+      vec<A> acc[R] = {};
+      for (int64_t o = 0; o < args.outputs; ++o) {
+        any_tile<R, -1>(grads[o] + center + y * s.pitch + z * s.step, s.pitch, s.step, args.tap + args.first[o],
+                        args.first[o + 1] - args.first[o], kernels + args.first[o] * n, acc);
       }
+      T* to = out.to + y * out.row + z * out.column;
+      for (int i = 0; i < R; ++i) put(to + i * out.row, acc[i]);
+      step();
     });
   });
 }
 
 // sums (T, lanes) += gradient * shifted x over the strip.
-template <class A>
-void sum_products(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x, const A* const* grads, A* sums) {
+template <class A, class Step>
+void sum_products(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x, const A* const* grads, A* sums,
+                  Step step) {
   constexpr int64_t n = lanes<A>;
   const int64_t center = args.reach_rows * s.pitch + args.reach_columns * s.step;
   using integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
@@ -475,96 +602,99 @@ void sum_products(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A
   }
   vec<A> last;
   std::memcpy(&last, inside, sizeof(last));
-  each_tile(rows, [&](auto tile, int64_t y) {
+  each_tile<kTileSums, false>(rows, [&](auto tile, int64_t y) {
     constexpr int R = decltype(tile)::value;
-    const int64_t offset = y * s.pitch;
-    if (args.cross && args.outputs == 3) {
-      const Cross& k = args.sizes;
-      const A* const g[3] = {grads[0] + center + offset, grads[1] + center + offset, grads[2] + center + offset};
-      cross_sums<R, true>(x + offset, g, s.pitch, s.step, s.block, s.blocks, last, sums + k.square * n,
-                          sums + k.vertical * n, sums + k.horizontal * n);
-    } else if (args.cross) {
-      const A* const g[3] = {grads[0] + center + offset, nullptr, nullptr};
-      cross_sums<R, false, A>(x + offset, g, s.pitch, s.step, s.block, s.blocks, last, sums, nullptr, nullptr);
-    } else {
-      for (int64_t o = 0; o < args.outputs; ++o) {
-        const A* g = grads[o] + center + offset;
-        for (int64_t t = args.first[o]; t < args.first[o + 1]; ++t) {
-          const A* at = x + center + offset + args.tap[t].row * s.pitch + args.tap[t].column * s.step;
-          vec<A> acc[R] = {};
-          for (int64_t j = 0; j < s.blocks; ++j) {
-            for (int i = 0; i < R; ++i) {
-              vec<A> v = load(at + i * s.pitch + j * s.block);
-              if (j + 1 == s.blocks) v = keep<A>(v, last);
-              acc[i] += load(g + i * s.pitch + j * s.block) * v;
-            }
+    const int64_t at = y * s.pitch;
+    if (args.cross) {
+      const auto run = [&](auto three) {
+        constexpr bool Three = decltype(three)::value;
+        const Cross& k = args.sizes;
+        const A* const g[3] = {grads[0] + center + at, Three ? grads[1] + center + at : nullptr,
+                               Three ? grads[2] + center + at : nullptr};
+        cross_sums<R, Three>(x + at, g, s.pitch, s.step, s.block, s.blocks, last, sums + k.square * n,
+                             Three ? sums + k.vertical * n : nullptr, Three ? sums + k.horizontal * n : nullptr, step);
+      };
+      return args.outputs == 3 ? run(std::true_type{}) : run(std::false_type{});
+    }
+    for (int64_t o = 0; o < args.outputs; ++o) {
+      const A* g = grads[o] + center + at;
+      for (int64_t t = args.first[o]; t < args.first[o + 1]; ++t) {
+        const A* from = x + center + at + args.tap[t].row * s.pitch + args.tap[t].column * s.step;
+        vec<A> acc[R] = {};
+        for (int64_t j = 0; j < s.blocks; ++j) {
+          for (int i = 0; i < R; ++i) {
+            vec<A> v = load(from + i * s.pitch + j * s.block);
+            if (j + 1 == s.blocks) v = keep<A>(v, last);
+            acc[i] += load(g + i * s.pitch + j * s.block) * v;
           }
-          for (int i = 1; i < R; ++i) acc[0] += acc[i];
-          store(sums + t * n, load(sums + t * n) + acc[0]);
         }
+        for (int i = 1; i < R; ++i) acc[0] += acc[i];
+        store(sums + t * n, load(sums + t * n) + acc[0]);
       }
     }
+    for (int i = 0; i < 5; ++i) step();
   });
 }
+inline int64_t sum_steps(int64_t rows) { return tiles(rows, kTileSums) * 5; }
 
 // ---- tasks ----------------------------------------------------------------------------------------------------------
 
-// The vectors of channels [c0, c0 + lanes) that an owner holds: one plane, or the channels of a group.
+// What one task owns: a plane, or `groups` vectors of channels from c0 on.
 template <class T, class A>
 struct Owner {
-  int64_t b, c0, groups;
+  int64_t b, c0, groups, owned;
 
   Owner(const ConvArgs& args, const Strip<A>& s, int64_t owner) {
     const int64_t each = args.channels_last ? s.groups * lanes<A> : 1;
     const int64_t per_sample = ceil_div(args.channels, each);
     b = owner / per_sample, c0 = owner % per_sample * each;
-    groups = args.channels_last ? ceil_div(std::min(each, args.channels - c0), lanes<A>) : 1;
+    owned = std::min(each, args.channels - c0);
+    groups = args.channels_last ? ceil_div(owned, lanes<A>) : 1;
   }
   int64_t channel(int64_t group) const { return c0 + group * lanes<A>; }
-  int64_t count(const ConvArgs& args, int64_t group) const {
-    return args.channels_last ? std::min<int64_t>(lanes<A>, args.channels - channel(group)) : 1;
-  }
+  int64_t count(int64_t group) const { return std::min<int64_t>(lanes<A>, owned - group * lanes<A>); }
 };
 
-// Rows [y0, y1) of channel c of a (B, ., H, W) tensor into padded scratch.
+// A (B, ., H, W) tensor as the tasks read it.
+struct Source {
+  const void* data;
+  int64_t stride_b, stride_row;
+};
+
+// Rows [y0, y1) of channel c into padded scratch.
 template <class T, class A>
-void read_strip(const ConvArgs& args, const Strip<A>& s, const void* data, int64_t stride_b, int64_t stride_row,
-                int64_t b, int64_t c, int64_t count, int64_t y0, int64_t y1, A* padded) {
-  const T* sample = static_cast<const T*>(data) + b * stride_b;
+void read_strip(const ConvArgs& args, const Strip<A>& s, const Source& from, int64_t b, int64_t c, int64_t count,
+                int64_t y0, int64_t y1, A* padded) {
+  const T* sample = static_cast<const T*>(from.data) + b * from.stride_b;
   if (args.channels_last) {
-    pad_channels<T>(args, s, sample + c, stride_row, count, y0, y1, padded);
+    pad_channels<T>(args, s, sample + c, from.stride_row, count, y0, y1, padded);
   } else {
-    pad_plane<T>(args, s, sample + c * stride_row, y0, y1, padded);
+    pad_plane<T>(args, s, sample + c * from.stride_row, y0, y1, padded);
   }
 }
 
-// Results (groups, rows, ...) of `channels` channels in all, to channel c of a dense tensor.
-template <class T, class A>
-void write_strip(const ConvArgs& args, const Strip<A>& s, const A* from, int64_t group_stride, void* data,
-                 int64_t channels, int64_t b, int64_t c, const Owner<T, A>& owner, int64_t y0, int64_t rows) {
-  constexpr int64_t n = lanes<A>;
-  const int64_t pixels = args.height * args.width;
-  T* sample = static_cast<T*>(data) + b * channels * pixels;
-  if (!args.channels_last) {
-    write_plane(from, sample + c * pixels + y0 * args.width, rows * args.width, args.stream);
-    return;
+// The same rows, to be fetched.
+template <class T>
+Fetch fetch_strip(const ConvArgs& args, const Source& from, int64_t b, int64_t c, int64_t owned, int64_t y0,
+                  int64_t y1) {
+  const T* sample = static_cast<const T*>(from.data) + b * from.stride_b;
+  y0 = std::max<int64_t>(0, y0 - args.reach_rows), y1 = std::min(args.height, y1 + args.reach_rows);
+  const int64_t size = int64_t(sizeof(T)), pixels = (y1 - y0) * args.width;
+  if (args.channels_last) {
+    const T* first = sample + y0 * args.width * from.stride_row + c;
+    return {reinterpret_cast<const char*>(first), pixels, from.stride_row * size, owned * size, false};
   }
-  for (int64_t i = 0; i < rows * args.width; ++i) {
-    T* to = sample + (y0 * args.width + i) * channels + c;
-    const bool whole = args.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0 &&
-                       owner.groups * n * int64_t(sizeof(T)) % 64 == 0;
-    for (int64_t g = 0; g < owner.groups; ++g) {
-      const vec<A> v = load(from + g * group_stride + i * n);
-      const int64_t count = owner.count(args, g);
-      if (count < n) {
-        store_partial(to + g * n, v, count);
-      } else if (whole) {
-        stream(to + g * n, v);
-      } else {
-        store(to + g * n, v);
-      }
-    }
-  }
+  const T* first = sample + c * from.stride_row + y0 * args.width;
+  return {reinterpret_cast<const char*>(first), ceil_div(pixels * size, 64), 64, 64, false};
+}
+
+// The lines of one output of a strip.
+template <class T>
+Fetch fetch_target(const ConvArgs& args, const Target<T>& target, int64_t output, int64_t owned, int64_t rows) {
+  const int64_t size = int64_t(sizeof(T)), pixels = rows * args.width;
+  const char* first = reinterpret_cast<const char*>(target.to + output * target.output);
+  if (args.channels_last) return {first, pixels, target.column * size, owned * size, true};
+  return {first, ceil_div(pixels * size, 64), 64, 64, true};
 }
 
 // Outputs; task = (owner, strip).
@@ -573,21 +703,30 @@ void forward(const ConvArgs& args, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const Strip<A> s(args, int64_t(sizeof(T)));
   const int64_t strips = s.count(args);
-  std::vector<A> padded(size_t(s.padded + lanes<A>)), kernels(size_t(args.taps * lanes<A>));
-  const int64_t outputs = args.outputs * s.dense;
-  std::vector<A> out(size_t(s.groups * outputs));
+  const Source x{args.x, args.stride_b, args.stride_row};
+  Scratch<A> padded(s.padded + lanes<A>), kernels(args.taps * lanes<A>);
+  Ahead ahead;
   for (int64_t task = begin; task < end; ++task) {
     const Owner<T, A> owner(args, s, task / strips);
     const int64_t y0 = task % strips * s.rows, y1 = std::min(y0 + s.rows, args.height);
-    for (int64_t g = 0; g < owner.groups; ++g) {
-      const int64_t c = owner.channel(g), count = owner.count(args, g);
-      spread_kernels(args, owner.b, c, count, kernels.data());
-      read_strip<T>(args, s, args.x, args.stride_b, args.stride_row, owner.b, c, count, y0, y1, padded.data());
-      convolve(args, s, y1 - y0, padded.data(), kernels.data(), out.data() + g * outputs);
+    ahead.restart(owner.groups * convolve_steps(args, s, y1 - y0));
+    if (task + 1 < end) {
+      const Owner<T, A> next(args, s, (task + 1) / strips);
+      const int64_t a = (task + 1) % strips * s.rows, b = std::min(a + s.rows, args.height);
+      ahead.fetches.push_back(fetch_strip<T>(args, x, next.b, next.c0, next.owned, a, b));
+      const Target<T> target(args, args.out, args.outputs, next.b, next.c0, a);
+      for (int64_t o = 0; o < args.outputs && args.stream && !target.template lines<A>(args); ++o) {
+        ahead.fetches.push_back(fetch_target(args, target, o, next.owned, b - a));
+      }
     }
-    for (int64_t o = 0; o < args.outputs; ++o) {
-      write_strip<T>(args, s, out.data() + o * s.dense, outputs, args.out, args.outputs * args.channels, owner.b,
-                     o * args.channels + owner.c0, owner, y0, y1 - y0);
+    for (int64_t g = 0; g < owner.groups; ++g) {
+      const int64_t c = owner.channel(g), count = owner.count(g);
+      spread_kernels(args, owner.b, c, count, kernels.data());
+      read_strip<T>(args, s, x, owner.b, c, count, y0, y1, padded.data());
+      const Target<T> target(args, args.out, args.outputs, owner.b, c, y0);
+      with_put<A>(args, target, count, [&](auto put) {
+        convolve(args, s, y1 - y0, padded.data(), kernels.data(), target, put, [&] { ahead.step(); });
+      });
     }
   }
   if (args.stream) stream_fence();
@@ -600,55 +739,71 @@ void backward(const ConvArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t n = lanes<A>;
   const Strip<A> s(args, int64_t(sizeof(T)));
   const bool need_x = args.grad_x != nullptr, need_kernels = args.grad_kernels != nullptr;
-  std::vector<A> x(size_t(need_kernels ? s.padded + n : 0)), grad(size_t(args.outputs * (s.padded + n)));
-  std::vector<A> kernels(size_t(s.groups * args.taps * n)), result(size_t(need_x ? s.groups * s.dense : 0));
-  std::vector<A> sums(size_t(need_kernels ? args.taps * n : 0)), totals(sums.size() * size_t(s.groups));
-  std::vector<const A*> grads(static_cast<size_t>(args.outputs));
-  // the tiles want 5x5, 5x1, 1x5
-  std::vector<int64_t> order(static_cast<size_t>(args.outputs));
+  const Source from_x{args.x, args.stride_b, args.stride_row};
+  const Source from_grad{args.grad, args.grad_stride_b, args.grad_stride_row};
+  const int64_t spread = args.taps * n, each = s.padded + n;
+  Scratch<A> x(need_kernels ? each : 0), grad(args.outputs * each), kernels(s.groups * spread);
+  Scratch<A> sums(spread), totals(s.groups * spread);
+  std::vector<const A*> grads(static_cast<size_t>(args.outputs));  // the tiles want 5x5, 5x1, 1x5
   for (int64_t o = 0; o < args.outputs; ++o) {
     const bool three = args.cross && args.outputs == 3;
-    order[size_t(o)] = !three ? o : args.first[o] == args.sizes.square ? 0 : args.first[o] == args.sizes.vertical ? 1 : 2;
-    grads[size_t(order[size_t(o)])] = grad.data() + o * (s.padded + n);
+    const int64_t first = args.first[o];
+    const int64_t place = !three ? o : first == args.sizes.square ? 0 : first == args.sizes.vertical ? 1 : 2;
+    grads[size_t(place)] = grad.data() + o * each;
   }
+  Ahead ahead;
+  const auto step = [&] { ahead.step(); };
   for (int64_t task = begin; task < end; ++task) {
     const Owner<T, A> owner(args, s, task);
     for (int64_t g = 0; g < owner.groups && need_x; ++g) {
-      spread_kernels(args, owner.b, owner.channel(g), owner.count(args, g), kernels.data() + g * args.taps * n);
+      spread_kernels(args, owner.b, owner.channel(g), owner.count(g), kernels.data() + g * spread);
     }
-    std::fill(totals.begin(), totals.end(), A(0));
+    std::fill_n(totals.data(), s.groups * spread, A(0));
     for (int64_t y0 = 0; y0 < args.height; y0 += s.rows) {
-      const int64_t y1 = std::min(y0 + s.rows, args.height);
-      for (int64_t g = 0; g < owner.groups; ++g) {
-        const int64_t c = owner.channel(g), count = owner.count(args, g);
+      const int64_t y1 = std::min(y0 + s.rows, args.height), rows = y1 - y0;
+      ahead.restart(owner.groups * ((need_x ? overlapping_tiles(rows, kTileOne) * s.blocks : 0) +
+                                    (need_kernels ? sum_steps(rows) : 0)));
+      const bool more = y1 < args.height;
+      if (more || task + 1 < end) {
+        const Owner<T, A> next = more ? owner : Owner<T, A>(args, s, task + 1);
+        const int64_t a = more ? y1 : 0, b = std::min(a + s.rows, args.height);
         for (int64_t o = 0; o < args.outputs; ++o) {
-          read_strip<T>(args, s, args.grad, args.grad_stride_b, args.grad_stride_row, owner.b, o * args.channels + c,
-                        count, y0, y1, grad.data() + o * (s.padded + n));
+          const int64_t c = o * args.channels + next.c0;
+          ahead.fetches.push_back(fetch_strip<T>(args, from_grad, next.b, c, next.owned, a, b));
         }
-        if (need_kernels) {
-          read_strip<T>(args, s, args.x, args.stride_b, args.stride_row, owner.b, c, count, y0, y1, x.data());
-          std::fill(sums.begin(), sums.end(), A(0));
-          sum_products(args, s, y1 - y0, x.data(), grads.data(), sums.data());
-          for (size_t i = 0; i < sums.size(); ++i) totals[size_t(g) * sums.size() + i] += sums[i];
-        }
-        if (need_x) {
-          convolve_back(args, s, y1 - y0, grads.data(), kernels.data() + g * args.taps * n,
-                        result.data() + g * s.dense);
+        if (need_kernels) ahead.fetches.push_back(fetch_strip<T>(args, from_x, next.b, next.c0, next.owned, a, b));
+        const Target<T> target(args, args.grad_x, 1, next.b, next.c0, a);
+        if (need_x && args.stream && !target.template lines<A>(args)) {
+          ahead.fetches.push_back(fetch_target(args, target, 0, next.owned, b - a));
         }
       }
-      if (need_x) {
-        write_strip<T>(args, s, result.data(), s.dense, args.grad_x, args.channels, owner.b, owner.c0, owner, y0,
-                       y1 - y0);
+      for (int64_t g = 0; g < owner.groups; ++g) {
+        const int64_t c = owner.channel(g), count = owner.count(g);
+        for (int64_t o = 0; o < args.outputs; ++o) {
+          read_strip<T>(args, s, from_grad, owner.b, o * args.channels + c, count, y0, y1, grad.data() + o * each);
+        }
+        if (need_kernels) {
+          read_strip<T>(args, s, from_x, owner.b, c, count, y0, y1, x.data());
+          std::fill_n(sums.data(), spread, A(0));
+          sum_products(args, s, rows, x.data(), grads.data(), sums.data(), step);
+          for (int64_t i = 0; i < spread; ++i) totals.data()[g * spread + i] += sums.data()[i];
+        }
+        if (need_x) {
+          const Target<T> target(args, args.grad_x, 1, owner.b, c, y0);
+          with_put<A>(args, target, count, [&](auto put) {
+            convolve_back(args, s, rows, grads.data(), kernels.data() + g * spread, target, put, step);
+          });
+        }
       }
     }
     for (int64_t g = 0; g < owner.groups && need_kernels; ++g) {
-      const A* total = totals.data() + size_t(g) * sums.size();
+      const A* total = totals.data() + g * spread;
       A* to = static_cast<A*>(args.grad_kernels) + (owner.b * args.channels + owner.channel(g)) * args.taps;
       for (int64_t t = 0; t < args.taps; ++t) {
         if (!args.channels_last) {
           to[t] = sum<A>(load(total + t * n));
         } else {
-          for (int64_t i = 0; i < owner.count(args, g); ++i) to[i * args.taps + t] = total[t * n + i];
+          for (int64_t i = 0; i < owner.count(g); ++i) to[i * args.taps + t] = total[t * n + i];
         }
       }
     }

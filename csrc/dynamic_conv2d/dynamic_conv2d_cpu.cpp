@@ -109,8 +109,14 @@ ConvArgs conv_args(const Plan& plan, const Rows& x, const Tensor& kernels) {
 }
 
 Branch branch(const Plan& plan, size_t l, const Tensor& k) {
-  return {const_cast<void*>(k.const_data_ptr()), k.stride(0), k.stride(1), k.stride(2), k.stride(3), k.size(2),
-          k.size(3), plan.tap_of[l].data()};
+  return {const_cast<void*>(k.const_data_ptr()),
+          k.stride(0),
+          k.stride(1),
+          k.stride(2),
+          k.stride(3),
+          k.size(2),
+          k.size(3),
+          plan.tap_of[l].data()};
 }
 
 // The outputs, and the kernels as (B, C, T) in the accumulation type.
@@ -151,9 +157,9 @@ std::tuple<Tensor, std::vector<Tensor>> dynamic_conv2d_bwd(Tensor grad, Tensor x
   const int64_t batch = x.size(0), channels = x.size(1), outputs = plan.outputs();
   STD_TORCH_CHECK(has_shape(grad, {batch, outputs * channels, x.size(2), x.size(3)}) && grad.scalar_type() == dtype,
                   kOp, ": grad must be (B, L*C, H, W) in the dtype of x");
-  STD_TORCH_CHECK(has_shape(taps, {batch, channels, int64_t(plan.taps.size())}) &&
-                      taps.scalar_type() == accumulate_dtype(dtype),
-                  kOp, ": taps must be (B, C, T) in the accumulation dtype");
+  STD_TORCH_CHECK(
+      has_shape(taps, {batch, channels, int64_t(plan.taps.size())}) && taps.scalar_type() == accumulate_dtype(dtype),
+      kOp, ": taps must be (B, C, T) in the accumulation dtype");
   STD_TORCH_CHECK(need_kernels.size() == kernels.size(), kOp, ": need_kernels must have one flag a kernel");
   Tensor grad_x = need_x ? empty_rows_like(x, channels) : empty(x, {0}, dtype);
   std::vector<Tensor> grad_kernels;
@@ -171,11 +177,11 @@ std::tuple<Tensor, std::vector<Tensor>> dynamic_conv2d_bwd(Tensor grad, Tensor x
   if (batch == 0 || (!need_x && !need_any)) return {grad_x, grad_kernels};
 
   // in the memory format of x
-  const Tensor like_x = is_channels_last(grad) == is_channels_last(x)
-                            ? grad
-                            : torch::stable::contiguous(grad, is_channels_last(x)
-                                                                  ? torch::headeronly::MemoryFormat::ChannelsLast
-                                                                  : torch::headeronly::MemoryFormat::Contiguous);
+  const Tensor like_x =
+      is_channels_last(grad) == is_channels_last(x)
+          ? grad
+          : torch::stable::contiguous(grad, is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                                : torch::headeronly::MemoryFormat::Contiguous);
   Rows rows{x, is_channels_last(x), 0, 0};
   if (need_any) rows = as_rows(x);
   const Rows grads = as_rows(like_x);
