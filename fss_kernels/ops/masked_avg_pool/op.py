@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fss_kernels import _autograd, _library
+from fss_kernels._batching import fold, unfold
 from fss_kernels.ops.masked_avg_pool import reference
 
 _OPTIONS = "float eps, str resize, bool align_corners"
@@ -63,31 +64,21 @@ def _bwd_fake(grad: Tensor, features: Tensor, mask: Tensor, *rest: Any) -> tuple
 op.register_fake(_fwd_fake, _bwd_fake)
 
 
-def _fold(tensor: Tensor, dim: int | None, size: int, into: int) -> Tensor:
-    """Merges the mapped dimension (expanded when there is none) into dimension ``into``."""
-    tensor = tensor.unsqueeze(into) if dim is None else tensor.movedim(dim, into)
-    return tensor.expand(*tensor.shape[:into], size, *tensor.shape[into + 1 :]).flatten(into, into + 1)
-
-
-def _unfold(tensor: Tensor, size: int, dim: int) -> Tensor:
-    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
-
-
 def _fwd_vmap(info: Any, in_dims: tuple[Any, ...], features: Tensor, mask: Tensor, *options: Any) -> Any:
     size = info.batch_size
     if in_dims[0] is None:  # one feature map, many masks: still one read of the features
-        results = op.fwd(features, _fold(mask, in_dims[1], size, 1), *options)
-        return tuple(_unfold(r, size, 1) for r in results), (1, 1, 1)
-    results = op.fwd(_fold(features, in_dims[0], size, 0), _fold(mask, in_dims[1], size, 0), *options)
-    return tuple(_unfold(r, size, 0) for r in results), (0, 0, 0)
+        results = op.fwd(features, fold(mask, in_dims[1], size, 1), *options)
+        return tuple(unfold(r, size, 1) for r in results), (1, 1, 1)
+    results = op.fwd(fold(features, in_dims[0], size, 0), fold(mask, in_dims[1], size, 0), *options)
+    return tuple(unfold(r, size, 0) for r in results), (0, 0, 0)
 
 
 def _bwd_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     size = info.batch_size
-    tensors = [_fold(t, dim, size, 0) for t, dim in zip(args[:5], in_dims[:5], strict=True)]
+    tensors = [fold(t, dim, size, 0) for t, dim in zip(args[:5], in_dims[:5], strict=True)]
     gradients = op.bwd(*tensors, *args[5:])
     needs = args[-2:]
-    folded = tuple(_unfold(g, size, 0) if need else g for g, need in zip(gradients, needs, strict=True))
+    folded = tuple(unfold(g, size, 0) if need else g for g, need in zip(gradients, needs, strict=True))
     return folded, tuple(0 if need else None for need in needs)
 
 
