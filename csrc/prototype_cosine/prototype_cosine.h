@@ -30,7 +30,8 @@ namespace prototype_cosine {
 struct CosineArgs {
   int64_t batch, sets, prototypes, channels, pixels;  // sets of prototypes: `batch`, or 1 that all samples share
   double scale, eps;
-  bool add;  // eps is added to norms instead of bounding them from below
+  int64_t columns;  // of one task, forward on planes
+  bool add;         // eps is added to norms instead of bounding them from below
   const void* features;
   bool channels_last;  // rows are pixels (row = stride_n) instead of channels (row = stride_c)
   int64_t stride_b, stride_row;
@@ -50,7 +51,7 @@ struct CosineArgs {
 };
 
 constexpr int64_t kRows = 8;           // rows of x handled together: as many streams as keep memory busy
-constexpr int64_t kColumns = 512;      // pixels of one task, forward on planes
+constexpr int64_t kColumns = 2048;     // most pixels of one task, forward on planes: long runs, sums that stay in L2
 constexpr int64_t kRowsPerLevel = 64;  // rows accumulated between two second-level additions
 constexpr int64_t kPixelTask = 64;     // pixels of one task, channels_last forward
 constexpr int64_t kPiece = 256;        // pixels of one task, channels_last backward
@@ -60,10 +61,17 @@ constexpr int64_t kPadding = 16;  // of units, in elements: whole vectors of eve
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Pixels of one task, forward on planes: equal pieces of a sample, at least `tasks` in all if they can be 256 pixels.
+// The sums of a pixel do not depend on where its piece begins.
+inline int64_t columns_for(int64_t pixels, int64_t batch, int64_t tasks) {
+  const int64_t wanted = std::min(ceil_div(tasks, batch), ceil_div(pixels, 256));
+  return ceil_div(ceil_div(pixels, std::max(ceil_div(pixels, kColumns), wanted)), 32) * 32;
+}
+
 // Number of tasks of each step.
 inline int64_t unit_tasks(const CosineArgs& a) { return a.sets * a.prototypes; }
 inline int64_t score_tasks(const CosineArgs& a) {
-  return a.batch * ceil_div(a.pixels, a.channels_last ? kPixelTask : kColumns);
+  return a.batch * ceil_div(a.pixels, a.channels_last ? kPixelTask : a.columns);
 }
 inline int64_t coefficient_tasks(const CosineArgs& a) { return a.batch * ceil_div(a.pixels, kPixelsAtOnce); }
 inline int64_t pieces(const CosineArgs& a) { return a.channels_last ? ceil_div(a.pixels, kPiece) : 1; }
@@ -96,12 +104,20 @@ inline const A* units_of(const CosineArgs& args, int64_t b) {
 
 // ---- row operations -------------------------------------------------------------------------------------------------
 
+// Into L2: requests for L1 wait in a queue too short for the latency of memory.
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+template <class T>
+inline void prefetch_row(const T* row, int64_t columns) {
+  for (int64_t i = 0; i < columns; i += 64 / int64_t(sizeof(T))) prefetch_far(row + i);
+}
+
 // sums[m][column] += sum_r coefficient[m][r] x[r][column]; with Squares, sums[count][column] += sum_r x[r][column]^2.
-// Rows of sums are padded to whole vectors. Every line that is read here asks for the same line of `next`.
-template <int R, bool Squares, class T, class A>
+// Rows of sums are padded to whole vectors. V vectors of a row at once. Every line that is read here asks for the same
+// line of `next`.
+template <int R, int V, bool Squares, class T, class A>
 inline void accumulate_rows(const T* const* x, const T* const* next, const A* coefficient, int64_t stride,
                             int64_t count, int64_t columns, A* sums, int64_t sums_stride) {
-  constexpr int V = FSS_ISA_LEVEL == 2 && R > 1 ? 2 : 1;
   constexpr int64_t step = V * lanes<A>;
   constexpr int64_t line = 64 / int64_t(sizeof(T));
   const auto accumulate = [&](auto vectors, int64_t n, const auto& read) {
@@ -133,7 +149,7 @@ inline void accumulate_rows(const T* const* x, const T* const* next, const A* co
   for (; n + step <= columns; n += step) {
     for (int r = 0; r < R; ++r) {
       for (int64_t ahead = 0; ahead < step; ahead += line) {
-        if (step >= line || n % line == 0) __builtin_prefetch(next[r] + n + ahead);
+        if (step >= line || n % line == 0) prefetch_far(next[r] + n + ahead);
       }
     }
     accumulate(std::integral_constant<int, V>{}, n, [](const T* p) { return load(p); });
@@ -196,38 +212,116 @@ inline void with_count(int64_t n, const F& f) {
   f(std::integral_constant<int, Most>{});
 }
 
-// out[j] = sum_m coefficient[m] operand[m][j] - slope x[j] for j in [begin, end); the slope is one number, or a row of
-// them. To stream, out + begin lies on a 64-byte line, or `begin` is 0: what comes before the first line is then stored.
+// What combine_row(s) needs of each row: out[j] = sum_m coefficient[m] operand[m][j] - slope x[j], the slope one number
+// a row, or a row of them that all share.
+template <class A>
+struct Combination {
+  const A* operand;
+  int64_t operand_stride;
+  const A* coefficient;
+  int64_t stride_m, stride_r;
+  int64_t count;
+  const A* slope;
+  bool slope_is_row;
+};
+
+// j in [begin, end) of row r.
 template <class T, class A>
-inline void combine_row(T* out, const T* x, int64_t begin, int64_t end, const A* operand, int64_t operand_stride,
-                        const A* coefficient, int64_t coefficient_stride, int64_t count, const A* slope,
-                        bool slope_is_row, int64_t head, bool stream_past) {
-  constexpr int V = 4;
-  constexpr int64_t step = V * lanes<A>;
-  int64_t n = begin;
-  while (n < end) {
-    if (n >= head && n + step <= end) {
-      vec<A> s[V] = {};
-      for (int64_t m = 0; m < count; ++m) {
-        const vec<A> k = broadcast(coefficient[m * coefficient_stride]);
-        for (int v = 0; v < V; ++v) s[v] += k * load(operand + m * operand_stride + n + v * lanes<A>);
-      }
-      for (int v = 0; v < V; ++v) {
-        const int64_t j = n + v * lanes<A>;
-        s[v] -= (slope_is_row ? load(slope + j) : broadcast(*slope)) * load(x + j);
-        stream_past ? stream(out + j, s[v]) : store(out + j, s[v]);
-      }
-      n += step;
-    } else {
-      const int64_t left = std::min<int64_t>((n < head ? std::min(head, end) : end) - n, lanes<A>);
-      vec<A> s = {};
-      for (int64_t m = 0; m < count; ++m) {
-        s += broadcast(coefficient[m * coefficient_stride]) * load_partial(operand + m * operand_stride + n, left);
-      }
-      s -= (slope_is_row ? load_partial(slope + n, left) : broadcast(*slope)) * load_partial(x + n, left);
-      store_partial(out + n, s, left);
-      n += left;
+inline void combine_row(T* out, const T* x, int64_t r, int64_t begin, int64_t end, const Combination<A>& a) {
+  const A* coefficient = a.coefficient + r * a.stride_r;
+  for (int64_t n = begin; n < end; n += lanes<A>) {
+    const int64_t left = std::min<int64_t>(end - n, lanes<A>);
+    vec<A> s = {};
+    for (int64_t m = 0; m < a.count; ++m) {
+      s += broadcast(coefficient[m * a.stride_m]) * load_partial(a.operand + m * a.operand_stride + n, left);
     }
+    s -= (a.slope_is_row ? load_partial(a.slope + n, left) : broadcast(a.slope[r])) * load_partial(x + n, left);
+    store_partial(out + n, s, left);
+  }
+}
+
+// The whole lines of R rows from `begin` on, at most up to `end`; returns where it stopped. PN > 0: that many operands,
+// whose coefficients stay in registers.
+template <int R, int PN, bool Stream, class T, class A>
+inline int64_t combine_lines(T* const* out, const T* const* x, int64_t begin, int64_t end, const Combination<A>& a) {
+  constexpr int64_t line = 64 / int64_t(sizeof(T));
+  constexpr int V = int(line / lanes<A>);
+  vec<A> k[R][PN > 0 ? PN : 1];
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < PN; ++m) k[r][m] = broadcast(a.coefficient[r * a.stride_r + m * a.stride_m]);
+  }
+  int64_t n = begin;
+  for (; n + line <= end; n += line) {
+    vec<A> s[R][V] = {};
+    const auto add = [&](int64_t m, const auto& factor) {
+      for (int v = 0; v < V; ++v) {
+        const vec<A> w = load(a.operand + m * a.operand_stride + n + v * lanes<A>);
+        for (int r = 0; r < R; ++r) s[r][v] += factor(r) * w;
+      }
+    };
+    if constexpr (PN > 0) {
+      for (int m = 0; m < PN; ++m) add(m, [&](int r) { return k[r][m]; });
+    } else {
+      for (int64_t m = 0; m < a.count; ++m) {
+        add(m, [&](int r) { return broadcast(a.coefficient[r * a.stride_r + m * a.stride_m]); });
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      const int64_t j = n + v * lanes<A>;
+      vec<A> slope = {};
+      if (a.slope_is_row) slope = load(a.slope + j);
+      for (int r = 0; r < R; ++r) {
+        if (!a.slope_is_row) slope = broadcast(a.slope[r]);
+        s[r][v] -= slope * load(x[r] + j);
+        Stream ? stream(out[r] + j, s[r][v]) : store(out[r] + j, s[r][v]);
+      }
+    }
+  }
+  return n;
+}
+
+// Elements of a row before its first 64-byte line.
+template <class T>
+inline int64_t head_of(const T* row) {
+  return int64_t((64 - reinterpret_cast<uintptr_t>(row) % 64) % 64 / sizeof(T));
+}
+
+// Pixels or channels [begin, end) of `rows` rows, or what of them lies between the lines that begin there: a row is
+// written in whole lines of its own, so that successive blocks of it meet at a line. `length` of a row in all.
+template <class T, class A>
+inline void combine_rows(T* const* out, const T* const* x, int64_t rows, int64_t begin, int64_t end, int64_t length,
+                         const Combination<A>& all, bool stream_past) {
+  constexpr int kTogether = FSS_ISA_LEVEL == 2 ? 4 : 1;  // rows whose coefficients fit the registers
+  const auto run = [&](auto size, auto count, int64_t r0, int64_t from, int64_t to) {
+    constexpr int R = decltype(size)::value, PN = decltype(count)::value;
+    Combination<A> a = all;
+    a.coefficient += r0 * a.stride_r;
+    if (!a.slope_is_row) a.slope += r0;
+    return stream_past ? combine_lines<R, PN, true>(out + r0, x + r0, from, to, a)
+                       : combine_lines<R, PN, false>(out + r0, x + r0, from, to, a);
+  };
+  for (int64_t r = 0; r < rows;) {
+    const int64_t head = stream_past ? std::min(head_of(out[r]), length) : 0;
+    const int64_t from = begin == 0 ? head : std::min(begin + head, length);
+    const int64_t to = end == length ? length : std::min(end + head, length);
+    bool together = r + kTogether <= rows;
+    for (int64_t i = 1; together && stream_past && i < kTogether; ++i) together = head_of(out[r + i]) == head_of(out[r]);
+    const int64_t done = together ? kTogether : 1;
+    int64_t stopped = from;
+    const auto choose = [&](auto count) {
+      stopped = together ? run(std::integral_constant<int, kTogether>{}, count, r, from, to)
+                         : run(std::integral_constant<int, 1>{}, count, r, from, to);
+    };
+    if (all.count > 5) {
+      choose(std::integral_constant<int, 0>{});
+    } else {
+      with_count<5>(all.count, choose);
+    }
+    for (int64_t i = r; i < r + done; ++i) {
+      if (begin == 0) combine_row(out[i], x[i], i, 0, std::min(head, to), all);
+      combine_row(out[i], x[i], i, stopped, to, all);
+    }
+    r += done;
   }
 }
 
@@ -299,12 +393,12 @@ void finish_scores(const CosineArgs& args, int64_t b, int64_t n0, int64_t column
 template <class T>
 void scores_planes(const CosineArgs& args, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
-  const int64_t chunks = ceil_div(args.pixels, kColumns);
-  const int64_t stride = ceil_div(std::min(kColumns, args.pixels), kPadding) * kPadding;
+  const int64_t chunks = ceil_div(args.pixels, args.columns), stride = ceil_div(args.columns, kPadding) * kPadding;
+  const bool few = args.prototypes <= 2;  // too few operations a vector for the loads of two to pay
   std::vector<A> level(size_t((args.prototypes + 1) * stride)), total(level.size());
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / chunks, n0 = task % chunks * kColumns;
-    const int64_t columns = std::min(kColumns, args.pixels - n0);
+    const int64_t b = task / chunks, n0 = task % chunks * args.columns;
+    const int64_t columns = std::min(args.columns, args.pixels - n0);
     const T* x = static_cast<const T*>(args.features) + b * args.stride_b + n0;
     const A* units = units_of<A>(args, b);
     std::fill(total.begin(), total.end(), A(0));
@@ -317,10 +411,12 @@ void scores_planes(const CosineArgs& args, int64_t begin, int64_t end) {
         const bool last = c + 2 * R > args.channels;
         for (int r = 0; r < R; ++r) {
           rows[r] = x + (c + r) * args.stride_row;
-          next[r] = last ? (columns == kColumns ? x + columns + r * args.stride_row : rows[r])
+          next[r] = last ? (columns == args.columns ? x + columns + r * args.stride_row : rows[r])
                          : rows[r] + R * args.stride_row;
         }
-        accumulate_rows<R, true>(rows, next, units + c, args.padded, args.prototypes, columns, level.data(), stride);
+        const auto run = R == 1 || FSS_ISA_LEVEL < 2 || few ? &accumulate_rows<R, 1, true, T, A>
+                                                            : &accumulate_rows<R, 2, true, T, A>;
+        run(rows, next, units + c, args.padded, args.prototypes, columns, level.data(), stride);
       });
       for (size_t i = 0; i < total.size(); ++i) total[i] += level[i];
     }
@@ -340,6 +436,11 @@ void scores_channels_last(const CosineArgs& args, int64_t begin, int64_t end) {
     const A* units = units_of<A>(args, b);
     for (int64_t n = 0; n < columns; n += kDotRows) {
       std::fill(totals.begin(), totals.end(), A(0));
+      for (int64_t r = 0; r < kDotRows && n0 + n + 2 * kDotRows + r < args.pixels; ++r) {
+        prefetch_row(static_cast<const T*>(args.features) + b * args.stride_b +
+                         (n0 + n + 2 * kDotRows + r) * args.stride_row,
+                     args.channels);
+      }
       for (int64_t c = 0; c < args.channels; c += kDotColumns) {
         const int64_t run = std::min(kDotColumns, args.channels - c);
         const T* rows[kDotRows];  // past the last pixel, the last pixel again
@@ -403,12 +504,6 @@ void coefficients(const CosineArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Elements of a row before its first 64-byte line.
-template <class T>
-inline int64_t head_of(const T* row) {
-  return int64_t((64 - reinterpret_cast<uintptr_t>(row) % 64) % 64 / sizeof(T));
-}
-
 // Both gradients of kRows channels of a sample, block after block of pixels.
 template <class T>
 void gradients_planes(const CosineArgs& args, int64_t begin, int64_t end) {
@@ -425,13 +520,21 @@ void gradients_planes(const CosineArgs& args, int64_t begin, int64_t end) {
       out = static_cast<T*>(args.grad_features) + (b * args.channels + c0) * args.pixels;
     }
     const T* rows[kRows];  // past the last channel, the last channel again
+    T* to[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
       rows[r] = static_cast<const T*>(args.features) + b * args.stride_b +
                 (c0 + std::min(r, count - 1)) * args.stride_row;
+      to[r] = out == nullptr ? nullptr : out + std::min(r, count - 1) * args.pixels;
     }
     std::fill(totals.begin(), totals.end(), A(0));
     for (int64_t n0 = 0; n0 < args.pixels; n0 += kBlock) {
       const int64_t n1 = std::min(n0 + kBlock, args.pixels);
+      for (int64_t r = 0; r < kRows; ++r) {  // the block after the next, of these rows or of the next ones
+        const int64_t ahead = n0 + 2 * kBlock;
+        const bool further = ahead >= args.pixels;
+        if (further && c0 + 2 * kRows > args.channels) break;
+        prefetch_row(rows[r] + (further ? kRows * args.stride_row + ahead % kBlock : ahead), kBlock);
+      }
       if (args.sums != nullptr) {
         const T* at[kRows];
         for (int64_t r = 0; r < kRows; ++r) at[r] = rows[r] + n0;
@@ -442,13 +545,9 @@ void gradients_planes(const CosineArgs& args, int64_t begin, int64_t end) {
           });
         }
       }
-      for (int64_t r = 0; out != nullptr && r < count; ++r) {
-        T* row = out + r * args.pixels;
-        // the blocks of a row begin on its own lines
-        const int64_t head = args.stream ? std::min(head_of(row), args.pixels) : 0;
-        combine_row(row, rows[r], n0 == 0 ? 0 : std::min(n0 + head, args.pixels),
-                    n1 == args.pixels ? n1 : std::min(n1 + head, args.pixels), k, args.pixels, units + r, args.padded,
-                    args.prototypes, slopes, true, head, args.stream);
+      if (out != nullptr) {
+        combine_rows(to, rows, count, n0, n1, args.pixels,
+                     Combination<A>{k, args.pixels, units, args.padded, 1, args.prototypes, slopes, true}, args.stream);
       }
     }
     for (int64_t p = 0; args.sums != nullptr && p < args.prototypes; ++p) {
@@ -481,14 +580,18 @@ void gradients_channels_last(const CosineArgs& args, int64_t begin, int64_t end)
         next[r] = n + 2 * R <= args.pixels ? rows[r] + R * args.stride_row : rows[r];
       }
       if (args.sums != nullptr) {
-        accumulate_rows<R, false>(rows, next, k + n, args.pixels, args.prototypes, args.channels, level.data(),
+        accumulate_rows<R, 1, false>(rows, next, k + n, args.pixels, args.prototypes, args.channels, level.data(),
                                   args.padded);
+      } else {
+        for (int r = 0; r < R; ++r) prefetch_row(next[r], args.channels);
       }
-      for (int r = 0; out != nullptr && r < R; ++r) {
-        T* row = out + (n + r) * args.channels;
-        combine_row(row, rows[r], 0, args.channels, units_of<A>(args, b), args.padded, k + n + r, args.pixels,
-                    args.prototypes, slopes + n + r, false, args.stream ? std::min(head_of(row), args.channels) : 0,
-                    args.stream);
+      if (out != nullptr) {
+        T* to[R];
+        for (int r = 0; r < R; ++r) to[r] = out + (n + r) * args.channels;
+        combine_rows(to, rows, R, 0, args.channels, args.channels,
+                     Combination<A>{units_of<A>(args, b), args.padded, k + n, args.pixels, 1, args.prototypes,
+                                    slopes + n, false},
+                     args.stream);
       }
     });
     for (int64_t p = 0; args.sums != nullptr && p < args.prototypes; ++p) {
