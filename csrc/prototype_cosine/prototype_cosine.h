@@ -92,10 +92,10 @@ namespace prototype_cosine {
 
 using namespace ::fss::prototype_cosine;
 
-constexpr int kDotRows = FSS_ISA_LEVEL == 2 ? 4 : 2;     // pixels whose sums with kDotPrototypes fit the registers
-constexpr int kDotPrototypes = 5;                        // of the forward on channels_last
+constexpr int kDotRows = FSS_ISA_LEVEL == 2 ? 4 : 2;         // pixels whose sums with kDotPrototypes fit the registers
+constexpr int kDotPrototypes = 5;                            // of the forward on channels_last
 constexpr int kGradPrototypes = FSS_ISA_LEVEL == 2 ? 2 : 1;  // whose sums with kRows channels fit the registers
-constexpr int64_t kDotColumns = 4096;                    // of a row between two second-level additions
+constexpr int64_t kDotColumns = 4096;                        // of a row between two second-level additions
 
 template <class A>
 inline const A* units_of(const CosineArgs& args, int64_t b) {
@@ -305,7 +305,8 @@ inline void combine_rows(T* const* out, const T* const* x, int64_t rows, int64_t
     const int64_t from = begin == 0 ? head : std::min(begin + head, length);
     const int64_t to = end == length ? length : std::min(end + head, length);
     bool together = r + kTogether <= rows;
-    for (int64_t i = 1; together && stream_past && i < kTogether; ++i) together = head_of(out[r + i]) == head_of(out[r]);
+    for (int64_t i = 1; together && stream_past && i < kTogether; ++i)
+      together = head_of(out[r + i]) == head_of(out[r]);
     const int64_t done = together ? kTogether : 1;
     int64_t stopped = from;
     const auto choose = [&](auto count) {
@@ -437,9 +438,9 @@ void scores_channels_last(const CosineArgs& args, int64_t begin, int64_t end) {
     for (int64_t n = 0; n < columns; n += kDotRows) {
       std::fill(totals.begin(), totals.end(), A(0));
       for (int64_t r = 0; r < kDotRows && n0 + n + 2 * kDotRows + r < args.pixels; ++r) {
-        prefetch_row(static_cast<const T*>(args.features) + b * args.stride_b +
-                         (n0 + n + 2 * kDotRows + r) * args.stride_row,
-                     args.channels);
+        prefetch_row(
+            static_cast<const T*>(args.features) + b * args.stride_b + (n0 + n + 2 * kDotRows + r) * args.stride_row,
+            args.channels);
       }
       for (int64_t c = 0; c < args.channels; c += kDotColumns) {
         const int64_t run = std::min(kDotColumns, args.channels - c);
@@ -462,7 +463,8 @@ void scores_channels_last(const CosineArgs& args, int64_t begin, int64_t end) {
         }
       }
       for (int64_t r = 0; r < std::min<int64_t>(kDotRows, columns - n); ++r) {
-        for (int64_t i = 0; i < sums; ++i) tile[size_t(i * kPixelTask + n + r)] = sum<A>(load(totals.data() + (r * sums + i) * lanes<A>));
+        for (int64_t i = 0; i < sums; ++i)
+          tile[size_t(i * kPixelTask + n + r)] = sum<A>(load(totals.data() + (r * sums + i) * lanes<A>));
       }
     }
     finish_scores<T>(args, b, n0, columns, tile.data(), kPixelTask);
@@ -522,8 +524,8 @@ void gradients_planes(const CosineArgs& args, int64_t begin, int64_t end) {
     const T* rows[kRows];  // past the last channel, the last channel again
     T* to[kRows];
     for (int64_t r = 0; r < kRows; ++r) {
-      rows[r] = static_cast<const T*>(args.features) + b * args.stride_b +
-                (c0 + std::min(r, count - 1)) * args.stride_row;
+      rows[r] =
+          static_cast<const T*>(args.features) + b * args.stride_b + (c0 + std::min(r, count - 1)) * args.stride_row;
       to[r] = out == nullptr ? nullptr : out + std::min(r, count - 1) * args.pixels;
     }
     std::fill(totals.begin(), totals.end(), A(0));
@@ -581,7 +583,7 @@ void gradients_channels_last(const CosineArgs& args, int64_t begin, int64_t end)
       }
       if (args.sums != nullptr) {
         accumulate_rows<R, 1, false>(rows, next, k + n, args.pixels, args.prototypes, args.channels, level.data(),
-                                  args.padded);
+                                     args.padded);
       } else {
         for (int r = 0; r < R; ++r) prefetch_row(next[r], args.channels);
       }
@@ -619,8 +621,7 @@ void grad_prototypes(const CosineArgs& args, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(args.grad_prototypes) + task * args.channels;
     std::fill(total.begin(), total.end(), 0.0);
     for (int64_t i = 0; i < per_set; ++i) {
-      const A* from =
-          static_cast<const A*>(args.sums) + ((set * per_set + i) * args.prototypes + p) * args.channels;
+      const A* from = static_cast<const A*>(args.sums) + ((set * per_set + i) * args.prototypes + p) * args.channels;
       for (int64_t c = 0; c < args.channels; ++c) total[size_t(c)] += double(from[c]);
     }
     const Normalisation normal(prototype_norm(w, args.channels), args.eps, args.add);

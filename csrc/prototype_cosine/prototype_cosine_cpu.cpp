@@ -69,8 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_cosine_fwd(Tensor features, Tensor 
   const Rows rows = as_rows(features);
   const Tensor weights = torch::stable::contiguous(prototypes), units = empty_units(prototypes);
   CosineArgs args = cosine_args(rows, weights, units, scale, eps, eps_mode);
-  args.columns =
-      prototype_cosine::columns_for(args.pixels, batch, 2 * int64_t(torch::stable::get_num_threads()));
+  args.columns = prototype_cosine::columns_for(args.pixels, batch, 2 * int64_t(torch::stable::get_num_threads()));
   args.norms = norms.mutable_data_ptr();
   args.cosines = cosines.mutable_data_ptr();
   args.scores = scores.mutable_data_ptr();

@@ -58,9 +58,7 @@ def gradient_by_loops(x, w, g, scale, eps, eps_mode):
         dv = scale * sum(g[b, p, i, j] * unit(w[b, p]) for p in range(w.shape[1]))
         grad_x[b, :, i, j] = through(x[b, :, i, j], dv)
     for b, p in itertools.product(range(batch), range(w.shape[1])):
-        dv = scale * sum(
-            g[b, p, i, j] * unit(x[b, :, i, j]) for i, j in itertools.product(range(height), range(width))
-        )
+        dv = scale * sum(g[b, p, i, j] * unit(x[b, :, i, j]) for i, j in itertools.product(range(height), range(width)))
         grad_w[b, p] = through(w[b, p], dv)
     return grad_x, grad_w
 
@@ -203,7 +201,7 @@ def test_scores_do_not_depend_on_the_number_of_tasks(memory_format):
 @pytest.mark.parametrize("width", [64, 61])
 @pytest.mark.parametrize("prototypes", [1, 4, 5, 6, 13])
 def test_many_prototypes_and_large_gradients(prototypes, width, memory_format):
-    """Every branch of the kernels' groups of prototypes, with gradients written past the caches, rows aligned or not."""
+    """Every size of a group of prototypes, gradients written past the caches, rows aligned or not."""
     x = torch.randn(2, 300, 60, width).contiguous(memory_format=memory_format)
     w, g = torch.randn(2, prototypes, 300), torch.randn(2, prototypes, 60, width)
     grads = []

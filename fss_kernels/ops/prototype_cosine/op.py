@@ -38,6 +38,7 @@ def _dense_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 op.backends["reference"] = _library.Backend(reference.prototype_cosine_fwd, _dense_backward)
 op.add_compiled("cpp")
+op.add_compiled("cuda")
 op.add_triton("fss_kernels.ops.prototype_cosine.triton_kernels")
 
 

@@ -9,9 +9,7 @@ from fss_kernels import _cosine
 from fss_kernels._library import accumulate_dtype
 
 
-def prototype_cosine_reference(
-    features: Tensor, prototypes: Tensor, scale: float, eps: float, eps_mode: str
-) -> Tensor:
+def prototype_cosine_reference(features: Tensor, prototypes: Tensor, scale: float, eps: float, eps_mode: str) -> Tensor:
     """(B, C, H, W), (B, P, C) or (1, P, C) -> (B, P, H, W)."""
     dtype = accumulate_dtype(features)
     x = _cosine.normalised(features.to(dtype), 1, eps, eps_mode)

@@ -169,7 +169,7 @@ def _summed(partial_ptr, first, count, P, C, c, ACC: tl.constexpr, BLOCK: tl.con
 def grad_prototypes_kernel(
     partial_ptr, w_ptr, out_ptr, eps, per_set, P, C, ADD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """grad_w = v / N - w (w . v) / (|w| N^2), v the sum of the pieces of all samples of a set. Program: one prototype."""
+    """grad_w = v / N - w (w . v) / (|w| N^2), v summed over the pieces of all samples. Program: one prototype."""
     row = tl.program_id(0).to(tl.int64)
     first = (row // P * per_set * P + row % P) * C
     squares = tl.zeros([BLOCK], dtype=ACC)
