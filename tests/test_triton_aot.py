@@ -49,7 +49,7 @@ def prototype_cosine_variants():
             for shared in (1, 2, 4):
                 tile = {**base, "PROTOTYPES": shared, "BLOCK_C": block_c, "BLOCK_N": block_n}
                 yield k.scores_kernel, f"{name}-{block_c}-{shared}", pointers, tile
-        for block_c, block_n in ((128, 16), (8, 256)):
+        for block_c, block_n in ((128, 16), (8, 128)):
             tile = {**base, "BLOCK_C": block_c, "BLOCK_N": block_n}
             yield k.grad_features_kernel, f"{name}-{block_c}", pointers, tile
         for shared in (1, 2, 4):

@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Blocks of pixels first: k (B, P, N) and s (B, N); then a block for each prototype: u (sets, P, C).
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     factors_kernel(Sizes s, const T* __restrict__ grad, const float* __restrict__ cosines,
                    const float* __restrict__ norms, const T* __restrict__ w, float* __restrict__ k,
                    float* __restrict__ slopes, float* __restrict__ units) {
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // channels_last. A lane has V channels x PN prototypes; the warps take the pixels of a piece in turn and are added in
 // order.
 template <class T, int PN, int V>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, PN* V > 32 ? 1 : 2)
     sums_channels_last_kernel(Sizes s, const T* __restrict__ x, const float* __restrict__ k,
                               float* __restrict__ partial) {
   static_assert(kWarp * V <= kThreads, "a thread adds the warps' sums of one channel");
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // v, the pieces of all samples of a set added in order in the first of them, -> dL/dw. Block: one prototype.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     grad_prototypes_kernel(Sizes s, const T* __restrict__ w, float* partial, T* __restrict__ out) {
   __shared__ float scratch[2][kWarps];
   const int64_t row = int64_t(blockIdx.x) * s.channels, per_set = s.batch / s.sets * s.pieces;

@@ -257,7 +257,7 @@ def prototype_cosine_bwd(
         units, stride_set = _units(prototypes, eps, add)
         stride_n = grad_features.stride(3) if width > 1 else grad_features.stride(2)
         by_channel = grad_features.stride(1) == 1 and channels > 1
-        block_c, block_n = (128, 16) if by_channel else (8, 256)
+        block_c, block_n = (128, 16) if by_channel else (8, 128)
         tiles = (triton.cdiv(channels, block_c), triton.cdiv(pixels, block_n), batch)
         grad_features_kernel[tiles](
             grad, features, units, cosines, norms, grad_features, *features.stride(), stride_set,
