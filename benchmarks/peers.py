@@ -195,3 +195,48 @@ def _(tensors, options):
 @peer("masked_avg_pool", "adjoint-bmm", "returns the gradient transposed in memory and has no NaN rule", _is_adjoint)
 def _(tensors, options):
     return _adjoint_bmm
+
+
+# ---- prototype_cosine ----------------------------------------------------------------------------------------------
+
+
+def _cosine_similarity(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
+    """PANet and its descendants: one call a prototype, each of which normalises the features again."""
+    maps = [F.cosine_similarity(features, p[..., None, None], dim=1) for p in prototypes.unbind(1)]
+    return scale * torch.stack(maps, 1)
+
+
+def _cosine_broadcast(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
+    """The same as one call that broadcasts features against all prototypes."""
+    return scale * F.cosine_similarity(features[:, None], prototypes[..., None, None], dim=2)
+
+
+def _normalised_einsum(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
+    return scale * torch.einsum("bchw,bpc->bphw", F.normalize(features, dim=1), F.normalize(prototypes, dim=2))
+
+
+def _folded_norms(features: Tensor, prototypes: Tensor, scale: float) -> Tensor:
+    """A matrix product of the features as they are; their norms divide the few maps instead of the many channels."""
+    x = features.flatten(2)
+    dots = torch.bmm(F.normalize(prototypes, dim=2), x)
+    maps = scale * dots * x.square().sum(1, keepdim=True).clamp_min(1e-16).rsqrt()
+    return maps.unflatten(2, features.shape[2:])
+
+
+_COSINES: dict[str, tuple[Function, str]] = {
+    "cosine_similarity": (_cosine_similarity, "reads and writes the features several times for every prototype"),
+    "cosine_broadcast": (_cosine_broadcast, "holds a product of features and prototypes for every prototype"),
+    "normalize+einsum": (_normalised_einsum, "writes a normalised copy of the features"),
+    "folded-bmm": (_folded_norms, "reads the features twice, has no add mode and no rule for zero vectors"),
+}
+
+
+def _register_cosines() -> None:
+    for name, (function, cannot) in _COSINES.items():
+        peer("prototype_cosine", name, cannot)(lambda tensors, options, f=function: f)
+        peer("prototype_cosine", f"compile({name})", f"{cannot}; needs seconds of compilation per shape")(
+            lambda tensors, options, f=function: compiled(f)
+        )
+
+
+_register_cosines()

@@ -56,6 +56,30 @@ def non_negative(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def finite(op: str, name: str, value: Any) -> float:
+    """A finite number, as float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:  # a comparison is what a compiler can trace
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return float(value)
+
+
+def one_dtype(
+    op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both tensors in one dtype: under autocast the widest of theirs, otherwise they have to agree."""
+    if value.dtype == other.dtype:
+        return value, other
+    if torch.is_autocast_enabled(value.device.type):
+        dtype = torch.promote_types(value.dtype, other.dtype)
+        return value.to(dtype), other.to(dtype)
+    raise TypeError(
+        f"{op}: {name} must have the dtype of {other_name}, {_names([other.dtype])}, got {_names([value.dtype])}; "
+        f"pass {name}.to({other.dtype})"
+    )
+
+
 def one_of(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
     """One of the strings in ``choices``."""
     if not isinstance(value, str):

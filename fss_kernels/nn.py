@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fss_kernels.ops import dynamic_conv2d, masked_avg_pool
+from fss_kernels.ops import dynamic_conv2d, masked_avg_pool, prototype_cosine
 
 
 class MaskedAvgPool(nn.Module):
@@ -51,3 +51,25 @@ class DynamicConv2d(nn.Module):
     def extra_repr(self) -> str:
         """The option, for printing."""
         return f"merge={self.merge}"
+
+
+class PrototypeCosine(nn.Module):
+    """`fss_kernels.prototype_cosine` with its options fixed.
+
+    Example:
+        >>> import torch
+        >>> PrototypeCosine(scale=10.0)(torch.ones(1, 2, 1, 2), torch.ones(1, 1, 2)).round()
+        tensor([[[[10., 10.]]]])
+    """
+
+    def __init__(self, *, scale: float = 1.0, eps: float = 1e-8, eps_mode: str = "clamp") -> None:
+        super().__init__()
+        self.scale, self.eps, self.eps_mode = scale, eps, eps_mode
+
+    def forward(self, features: Tensor, prototypes: Tensor) -> Tensor:
+        """Features (B, C, H, W) and prototypes (B, P, C) or (P, C) to (B, P, H, W)."""
+        return prototype_cosine(features, prototypes, scale=self.scale, eps=self.eps, eps_mode=self.eps_mode)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"scale={self.scale}, eps={self.eps}, eps_mode={self.eps_mode!r}"

@@ -38,6 +38,7 @@ class Sample:
     options: dict[str, Any] = field(default_factory=dict)
     follow: tuple[str, ...] = ()  # further tensors that take the dtype of the features
     large: bool = False  # only a few layouts
+    shared: tuple[str, ...] = ()  # tensors without a batch dimension
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ BAD = [pytest.param(spec, bad, id=f"{spec.name}-{bad.id}") for spec in SPECS for
 SIGNATURES = {
     "dynamic_conv2d": "(x, kernels, *, merge=False)",
     "masked_avg_pool": "(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",
+    "prototype_cosine": "(features, prototypes, *, scale=1.0, eps=1e-08, eps_mode='clamp')",
 }
 
 

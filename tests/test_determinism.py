@@ -43,7 +43,7 @@ def test_repeats_and_threads(spec, backend, dtype, layout, restore_threads):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("spec, backend", COMPILED)
 def test_batch_neighbours_do_not_matter(spec, backend, layout):
-    for sample in (s for sp, s in SAMPLES if sp is spec and not s.large):
+    for sample in (s for sp, s in SAMPLES if sp is spec and not s.large and not s.shared):
         tensors = spec.cast(sample, torch.float32)
         batch = next(iter(tensors.values())).shape[0]
         if batch < 2:
@@ -68,11 +68,11 @@ def test_large_and_small_gradients_agree(spec, backend):
     """Writing a large gradient past the caches changes where it goes, not what it is."""
     sample = next(s for sp, s in SAMPLES if sp is spec and s.large)
     tensors = spec.cast(sample, torch.float32)
-    half = {k: t[:, : t.shape[1] // 8] if k in spec.features else t for k, t in tensors.items()}
+    first = {k: t[:1] for k, t in tensors.items()}
     with fss_kernels.use_backend(backend):
         grads = []
-        for chosen in (tensors, half):
+        for chosen in (tensors, first):
             x = chosen[spec.features[0]].clone().requires_grad_()
             spec.function(*{**chosen, spec.features[0]: x}.values(), **sample.options).sum().backward()
             grads.append(x.grad)
-    assert torch.equal(grads[0][:, : grads[1].shape[1]], grads[1])
+    assert torch.equal(grads[0][:1], grads[1])

@@ -5,6 +5,7 @@ python tests/test_triton_aot.py --write      records registers and shared memory
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -17,6 +18,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fss_kernels import _library, testing
+
+testing.specs()  # registers the ops
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -28,7 +33,34 @@ POINTER, INTEGER = "*", "i32"
 
 
 def variants():
-    """(kernel, id, signature, constants) of everything the launchers instantiate: float32 and half features, masks."""
+    """(kernel, id, signature, constants) of everything the launchers of all ops instantiate."""
+    yield from masked_avg_pool_variants()
+    yield from prototype_cosine_variants()
+
+
+def prototype_cosine_variants():
+    from fss_kernels.ops.prototype_cosine import triton_kernels as k
+
+    for x, add in (("fp32", False), ("fp32", True), ("bf16", False), ("fp16", False)):
+        pointers = dict.fromkeys(("x_ptr", "w_ptr", "grad_ptr", "scores_ptr", "out_ptr"), x)
+        base = {"ADD": add, "ACC": triton.language.float32}
+        name = f"cosine-{x}-{'add' if add else 'clamp'}"
+        for block_c, block_n in ((64, 16), (16, 64)):
+            for shared in (1, 2, 4):
+                tile = {**base, "PROTOTYPES": shared, "BLOCK_C": block_c, "BLOCK_N": block_n}
+                yield k.scores_kernel, f"{name}-{block_c}-{shared}", pointers, tile
+        for block_c, block_n in ((128, 16), (8, 128)):
+            tile = {**base, "BLOCK_C": block_c, "BLOCK_N": block_n}
+            yield k.grad_features_kernel, f"{name}-{block_c}", pointers, tile
+        for shared in (1, 2, 4):
+            tile = {**base, "PROTOTYPES": shared, "BLOCK_C": 16 if shared == 1 else 8, "BLOCK_N": 128}
+            yield k.sums_kernel, f"{name}-{shared}", pointers, {**tile, "PIECE": k.PIECE}
+        yield k.unit_kernel, name, pointers, {**base, "BLOCK": k.BLOCK}
+        yield k.grad_prototypes_kernel, name, pointers, {**base, "BLOCK": k.BLOCK}
+
+
+def masked_avg_pool_variants():
+    """float32 and half features, every mask dtype."""
     from fss_kernels.ops.masked_avg_pool import triton_kernels as k
 
     acc = {"ACC": triton.language.float32}
@@ -61,7 +93,7 @@ def signature(kernel, pointers, constants):
         elif name.endswith("_ptr"):
             types[name] = POINTER + pointers.get(name, "fp32")
         else:
-            types[name] = "fp32" if name == "eps" else "i64" if name.startswith("stride") else INTEGER
+            types[name] = "fp32" if name in ("eps", "scale") else "i64" if name.startswith("stride") else INTEGER
     return types
 
 
@@ -109,10 +141,14 @@ def test_compiles_without_spills(target):
 
 def test_every_kernel_is_listed():
     """A kernel that is not among the variants would never be compiled here."""
-    from fss_kernels.ops.masked_avg_pool import triton_kernels
-
-    kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
-    assert kernels and kernels == {kernel.__name__ for kernel, *_ in variants()}
+    listed = {(kernel.__module__, kernel.__name__) for kernel, *_ in variants()}
+    launched = {
+        (module.__name__, name)
+        for module in (importlib.import_module(f"fss_kernels.ops.{op}.triton_kernels") for op in _library.ops)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
+    assert launched and launched == listed
 
 
 if __name__ == "__main__" and "--write" in sys.argv:

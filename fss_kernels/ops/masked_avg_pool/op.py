@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fss_kernels import _autograd, _library
+from fss_kernels._batching import fold, unfold
 from fss_kernels.ops.masked_avg_pool import reference
 
 _OPTIONS = "float eps, str resize, bool align_corners"
@@ -66,18 +67,18 @@ op.register_fake(_fwd_fake, _bwd_fake)
 def _fwd_vmap(info: Any, in_dims: tuple[Any, ...], features: Tensor, mask: Tensor, *options: Any) -> Any:
     size = info.batch_size
     if in_dims[0] is None:  # one feature map, many masks: still one read of the features
-        results = op.fwd(features, _library.fold(mask, in_dims[1], size, 1), *options)
-        return tuple(_library.unfold(r, size, 1) for r in results), (1, 1, 1)
-    results = op.fwd(_library.fold(features, in_dims[0], size, 0), _library.fold(mask, in_dims[1], size, 0), *options)
-    return tuple(_library.unfold(r, size, 0) for r in results), (0, 0, 0)
+        results = op.fwd(features, fold(mask, in_dims[1], size, 1), *options)
+        return tuple(unfold(r, size, 1) for r in results), (1, 1, 1)
+    results = op.fwd(fold(features, in_dims[0], size, 0), fold(mask, in_dims[1], size, 0), *options)
+    return tuple(unfold(r, size, 0) for r in results), (0, 0, 0)
 
 
 def _bwd_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     size = info.batch_size
-    tensors = [_library.fold(t, dim, size, 0) for t, dim in zip(args[:5], in_dims[:5], strict=True)]
+    tensors = [fold(t, dim, size, 0) for t, dim in zip(args[:5], in_dims[:5], strict=True)]
     gradients = op.bwd(*tensors, *args[5:])
     needs = args[-2:]
-    folded = tuple(_library.unfold(g, size, 0) if need else g for g, need in zip(gradients, needs, strict=True))
+    folded = tuple(unfold(g, size, 0) if need else g for g, need in zip(gradients, needs, strict=True))
     return folded, tuple(0 if need else None for need in needs)
 
 

@@ -89,7 +89,7 @@ def _samples() -> Iterator[Sample]:
     yield sample("uint8-mask", features(2, 6, 9, 8), (rand(2, 2, 17, 15) * 4).to(torch.uint8), resize="adjoint")
     yield sample("same-dtype-mask", features(2, 6, 9, 8), rand(2, 2, 17, 15), follow=True)
     # more than 8 MB of gradient in half precision, planes that are not whole cache lines
-    yield sample("streamed", features(1, 261, 127, 129), _blob(1, 2, 127, 129) * rand(1, 2, 127, 129), large=True)
+    yield sample("streamed", features(3, 87, 127, 129), _blob(3, 2, 127, 129) * rand(3, 2, 127, 129), large=True)
 
 
 def _bad_inputs() -> Iterator[BadInput]:
