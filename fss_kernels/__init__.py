@@ -2,7 +2,7 @@
 
 from fss_kernels import nn
 from fss_kernels._library import use_backend
-from fss_kernels.ops import masked_avg_pool
+from fss_kernels.ops import hypercorrelation, masked_avg_pool
 
 __version__ = "0.1.0"
-__all__ = ["masked_avg_pool", "nn", "use_backend"]
+__all__ = ["hypercorrelation", "masked_avg_pool", "nn", "use_backend"]
