@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, uint8
+import torch
+from torch import Tensor
 
 from fss_kernels import _autograd, _library
 from fss_kernels.ops.hypercorrelation import reference
@@ -31,13 +32,20 @@ op = _library.Op(
 )
 
 
+def _without_autocast(features: Tensor) -> torch.autocast:
+    """Under autocast the reference's products would be rounded to its dtype; the op's never are."""
+    return torch.autocast(features.device.type, enabled=False)
+
+
 def _dense_forward(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(result.contiguous() for result in reference.hypercorrelation_fwd(*args))
+    with _without_autocast(args[0]):
+        return tuple(result.contiguous() for result in reference.hypercorrelation_fwd(*args))
 
 
 def _dense_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The reference with its gradients in the memory format of their features, as the kernels write them."""
-    *gradients, grad_mask = reference.hypercorrelation_bwd(*args)
+    with _without_autocast(args[0]):
+        *gradients, grad_mask = reference.hypercorrelation_bwd(*args)
     dense = [
         _library.empty_rows_like(x).copy_(g) if g.ndim == 4 else g for g, x in zip(gradients, args[1:3], strict=True)
     ]
@@ -46,6 +54,7 @@ def _dense_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 op.backends["reference"] = _library.Backend(_dense_forward, _dense_backward)
 op.add_compiled("cpp")
+op.add_triton("fss_kernels.ops.hypercorrelation.triton_kernels")
 
 
 def _fwd_fake(
@@ -58,7 +67,7 @@ def _fwd_fake(
         query.new_empty((batch, ha, wa), dtype=dtype),
         query.new_empty((batch, hb, wb), dtype=dtype),
         query.new_empty((batch, hb, wb), dtype=dtype),
-        query.new_empty((batch, ha * wa, (hb * wb + 7) // 8 if clamp else 0), dtype=uint8),
+        query.new_empty((batch, ha * wa, (hb * wb + 7) // 8 if clamp else 0), dtype=torch.uint8),
     )
 
 
@@ -115,7 +124,8 @@ def _formula(
     eps_mode: str,
     clamp: bool,
 ) -> Tensor:
-    return reference.correlate(query, support, weights, eps, eps_mode, clamp)
+    with _without_autocast(query):
+        return reference.correlate(query, support, weights, eps, eps_mode, clamp)
 
 
 call = _autograd.differentiable(op, _formula)
