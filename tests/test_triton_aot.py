@@ -51,6 +51,28 @@ def variants():
             pointers = {"source_ptr": source, "target_ptr": target}
             yield k.resize_kernel, f"{name}-{source}-{target}", pointers, options
             yield k.transposed_axis_kernel, f"{name}-{source}-{target}", pointers, options
+    yield from hypercorrelation_variants()
+
+
+def hypercorrelation_variants():
+    """The same for hypercorrelation."""
+    from fss_kernels.ops.hypercorrelation import triton_kernels as k
+
+    for x in ("fp32", "bf16", "fp16"):
+        pointers = {"x_ptr": x, "query_ptr": x, "support_ptr": x, "grad_ptr": x, "out_ptr": x, "signs_ptr": "u8"}
+        for add in (True, False):
+            for known in (True, False):
+                blocks = {"HAS_NORMS": known, "ADD": add, "BLOCK_C": 32, "BLOCK_N": 64}
+                yield k.scale_kernel, f"{x}-{'add' if add else 'clamp'}-{'known' if known else 'new'}", pointers, blocks
+            blocks = {"ADD": add, "BLOCK_C": 32, "BLOCK_N": 32}
+            yield k.finish_kernel, f"{x}-{'add' if add else 'clamp'}", pointers, blocks
+        for clamp in (True, False):
+            name = f"{x}-{'clamp' if clamp else 'signed'}"
+            yield k.correlate_kernel, name, pointers, {"CLAMP": clamp, "WIDEN": False, **k.TILE}
+            for query in (True, False):
+                side = "query" if query else "support"
+                options = {"OF_QUERY": query, "CLAMP": clamp, **k.TILE}
+                yield k.product_kernel, f"{name}-{side}", pointers, options
 
 
 def signature(kernel, pointers, constants):
@@ -109,9 +131,11 @@ def test_compiles_without_spills(target):
 
 def test_every_kernel_is_listed():
     """A kernel that is not among the variants would never be compiled here."""
+    from fss_kernels.ops.hypercorrelation import triton_kernels as hypercorrelation_kernels
     from fss_kernels.ops.masked_avg_pool import triton_kernels
 
-    kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
+    modules = triton_kernels, hypercorrelation_kernels
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels and kernels == {kernel.__name__ for kernel, *_ in variants()}
 
 

@@ -320,6 +320,15 @@ def test_same_bits_wherever_a_tile_lies():
         assert torch.equal(grad, grad[:, :, :1, :1].expand_as(grad))
 
 
+@pytest.mark.parametrize("columns", [(40, 40), (41, 37)], ids=["whole-lines", "ragged"])
+def test_streamed_and_stored_outputs_agree(columns):
+    """Writing a large output past the caches changes where it goes, not what it is."""
+    query, support = torch.randn(1, 16, 40, 41), torch.randn(1, 16, *columns)
+    large = hypercorrelation(query, support)
+    assert large.nbytes > 8 << 20
+    assert torch.equal(hypercorrelation(query[:, :, 17:21], support), large[:, 17:21])
+
+
 def test_extra_memory():
     """What the spec states and the docstring promises, from the allocator's own record."""
     spec = testing.specs()["hypercorrelation"]

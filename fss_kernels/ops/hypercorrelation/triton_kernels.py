@@ -83,18 +83,19 @@ def correlate_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(2).to(tl.int64)
-    u = tl.load(u_ptr + b * NA + i, mask=i < NA, other=0)
-    v = tl.load(v_ptr + b * NB + j, mask=j < NB, other=0)
+    kept = tl.load(v_ptr + b * NB + j, mask=j < NB, other=0) != 0
     left = query_ptr + b * stride_qb + (i // WA * stride_qh + i % WA * stride_qw)[:, None]
     right = support_ptr + b * stride_sb + (j // WB * stride_sh + j % WB * stride_sw)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    depth = tl.where(tl.max((v != 0).to(tl.int32), axis=0) != 0, C, 0)
+    depth = tl.where(tl.max(kept.to(tl.int32), axis=0) != 0, C, 0)
     for c0 in range(0, depth, BLOCK_K):
         c = c0 + tl.arange(0, BLOCK_K).to(tl.int64)
         q = tl.load(left + c[None, :] * stride_qc, mask=(i < NA)[:, None] & (c < C)[None, :], other=0)
         # what a support pixel of weight 0 holds does not count
-        s = tl.load(right + c[:, None] * stride_sc, mask=(v != 0)[None, :] & (c < C)[:, None], other=0)
+        s = tl.load(right + c[:, None] * stride_sc, mask=kept[None, :] & (c < C)[:, None], other=0)
         total = _product(q, s, total, WIDEN)
+    u = tl.load(u_ptr + b * NA + i, mask=i < NA, other=0)
+    v = tl.load(v_ptr + b * NB + j, mask=j < NB, other=0)
     out = total * u[:, None] * v[None, :]
     if CLAMP:
         live = (i < NA)[:, None] & (j < NB)[None, :] & ((out > 0) | (out != out))
