@@ -68,7 +68,8 @@ def hypercorrelation_variants():
             yield k.finish_kernel, f"{x}-{'add' if add else 'clamp'}", pointers, blocks
         for clamp in (True, False):
             name = f"{x}-{'clamp' if clamp else 'signed'}"
-            yield k.correlate_kernel, name, pointers, {"CLAMP": clamp, "WIDEN": False, **k.TILE}
+            tile = k.TILE if x == "fp32" else k.HALF_TILE
+            yield k.correlate_kernel, name, pointers, {"CLAMP": clamp, "WIDEN": False, **tile}
             for query in (True, False):
                 side = "query" if query else "support"
                 options = {"OF_QUERY": query, "CLAMP": clamp, **k.TILE}

@@ -19,13 +19,15 @@ namespace panels {
 // Accumulators in registers: 24 of 32 (AVX-512), 12 or 8 of 16. Columns are whole bytes of one bit each; rows divide
 // lanes.
 template <class A>
-constexpr int kTileRows = FSS_ISA_LEVEL == 2 ? 8 : FSS_ISA_LEVEL == 0 && sizeof(A) == 8 ? 2 : 4;
+constexpr int kTileRows = FSS_ISA_LEVEL == 2                     ? 8
+                          : FSS_ISA_LEVEL == 0 && sizeof(A) == 8 ? 2
+                                                                 : 4;
 template <class A>
-constexpr int kTileVectors = FSS_ISA_LEVEL == 2                       ? 3
+constexpr int kTileVectors = FSS_ISA_LEVEL == 2                     ? 3
                              : FSS_ISA_LEVEL == 1 && sizeof(A) == 4 ? 3
-                                                                      : std::max(8 / lanes<A>, 2);
+                                                                    : std::max(8 / lanes<A>, 2);
 template <class A>
-constexpr int kTileColumns = kTileVectors<A>* lanes<A>;
+constexpr int kTileColumns = kTileVectors<A> * lanes<A>;
 static_assert(kTileColumns<float> % 8 == 0 && kTileColumns<double> % 8 == 0);
 
 template <class A>

@@ -18,7 +18,7 @@ struct ResizeArgs {
   bool nearest, align_corners, transposed;
 };
 
-constexpr size_t kRowsAhead = 6;       // mask rows prefetched: a strided read of an image is all latency
+constexpr size_t kRowsAhead = 6;  // mask rows prefetched: a strided read of an image is all latency
 
 }  // namespace fss
 #endif

@@ -12,10 +12,10 @@
 //
 // Parallel decomposition: forward, a task is a block of query pixels against the packed support; gradients, a block of
 // pixels of one operand with all its channels. A dot product has one order of summation wherever its tile lies.
-// Memory traffic: each operand is read once and packed (the support for all tasks, the query by its task), the output is
-// written once, past the caches where it is large; a gradient reads the output's gradient once and packs it in cache.
-// What the gradients need of the output is one bit an element. Accumulation: float (double for double).
-// Limits: 64-bit offsets everywhere.
+// Memory traffic: each operand is read once and packed (the support for all tasks, the query by its task), the output
+// is written once, past the caches where it is large; a gradient reads the output's gradient once and packs it in
+// cache. What the gradients need of the output is one bit an element. Accumulation: float (double for double). Limits:
+// 64-bit offsets everywhere.
 
 #ifndef FSS_HYPERCORRELATION_H
 #define FSS_HYPERCORRELATION_H
@@ -40,10 +40,10 @@ struct Args {
   bool add, clamp;  // eps_mode "add" or "clamp"; max(., 0)
   void* out;        // sample b at out + b * out_stride_b; (Na, Nb) dense
   int64_t out_stride_b;
-  bool stream;         // write out past the caches
-  uint8_t* signs;      // (B, Na, ceil(Nb / 8)), bit j % 8 of byte j / 8: out is above 0 or NaN; nullptr unless `clamp`
-  const void* grad;    // gradient of out, dense
-  int64_t first;       // the samples [first, first + samples) whose operands are in `packed`
+  bool stream;       // write out past the caches
+  uint8_t* signs;    // (B, Na, ceil(Nb / 8)), bit j % 8 of byte j / 8: out is above 0 or NaN; nullptr unless `clamp`
+  const void* grad;  // gradient of out, dense
+  int64_t first;     // the samples [first, first + samples) whose operands are in `packed`
   int64_t samples;
   void* packed;
 };

@@ -120,19 +120,18 @@ std::tuple<Tensor, Tensor, Tensor> hypercorrelation_bwd(Tensor grad, Tensor quer
   const ScalarType dtype = query.scalar_type(), accumulate = accumulate_dtype(dtype);
   const int64_t batch = query.size(0), rows = query.size(2) * query.size(3);
   const int64_t columns = support.size(2) * support.size(3);
-  STD_TORCH_CHECK(
-      has_shape(grad, {batch, query.size(2), query.size(3), support.size(2), support.size(3)}) &&
-          grad.scalar_type() == dtype,
-      kOp, ": grad must be (B, Ha, Wa, Hb, Wb) in the dtype of query");
+  STD_TORCH_CHECK(has_shape(grad, {batch, query.size(2), query.size(3), support.size(2), support.size(3)}) &&
+                      grad.scalar_type() == dtype,
+                  kOp, ": grad must be (B, Ha, Wa, Hb, Wb) in the dtype of query");
   STD_TORCH_CHECK(has_shape(query_norm, {batch, query.size(2), query.size(3)}) &&
                       has_shape(support_norm, {batch, support.size(2), support.size(3)}) &&
                       has_shape(weights, {batch, support.size(2), support.size(3)}) &&
                       query_norm.scalar_type() == accumulate && support_norm.scalar_type() == accumulate &&
                       weights.scalar_type() == accumulate,
                   kOp, ": norms and weights must be (B, H, W) in the accumulation dtype");
-  STD_TORCH_CHECK(has_shape(signs, {batch, rows, clamp ? (columns + 7) / 8 : 0}) &&
-                      signs.scalar_type() == ScalarType::Byte,
-                  kOp, ": signs must be (B, Ha*Wa, ceil(Hb*Wb / 8)) in uint8");
+  STD_TORCH_CHECK(
+      has_shape(signs, {batch, rows, clamp ? (columns + 7) / 8 : 0}) && signs.scalar_type() == ScalarType::Byte, kOp,
+      ": signs must be (B, Ha*Wa, ceil(Hb*Wb / 8)) in uint8");
   Tensor grad_query = need_query ? empty_rows_like(query) : empty(query, {0}, dtype);
   Tensor grad_support = need_support ? empty_rows_like(support) : empty(support, {0}, dtype);
   const Tensor grad_mask = empty(mask, {0}, mask.scalar_type());
@@ -140,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> hypercorrelation_bwd(Tensor grad, Tensor quer
 
   const Rows query_rows = as_rows(query), support_rows = as_rows(support);
   const Tensor dense_grad = torch::stable::contiguous(grad), dense_signs = torch::stable::contiguous(signs);
-  const Tensor query_norms = torch::stable::contiguous(query_norm), support_norms = torch::stable::contiguous(support_norm);
+  const Tensor query_norms = torch::stable::contiguous(query_norm),
+               support_norms = torch::stable::contiguous(support_norm);
   const Tensor dense_weights = torch::stable::contiguous(weights);
   Args args{};
   args.batch = batch, args.channels = query.size(1);

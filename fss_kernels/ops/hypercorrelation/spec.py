@@ -121,7 +121,9 @@ def _bad_inputs() -> Iterator[BadInput]:
 
     yield bad("query-list", TypeError, "query must be a torch.Tensor, got list", [1.0], s)
     yield bad("query-int", TypeError, f"query must have dtype {dtypes}, got int64", q.long(), s)
-    yield bad("support-complex", TypeError, f"support must have dtype {dtypes}, got complex64", q, s.to(torch.complex64))
+    yield bad(
+        "support-complex", TypeError, f"support must have dtype {dtypes}, got complex64", q, s.to(torch.complex64)
+    )
     yield bad(
         "mixed-dtypes",
         TypeError,

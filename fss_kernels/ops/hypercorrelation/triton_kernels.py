@@ -6,12 +6,13 @@ u D - u^2 / |q_i| (q_i . D) q_i, for the support with v and m (csrc/hypercorrela
 
 Decomposition: `scale_kernel` finds norms and scales, a program BLOCK pixels; `correlate_kernel` is a matrix product
 whose epilogue scales, clamps, stores and packs the signs, a program one tile of the output; `product_kernel` is the
-gradient's matrix product, a program BLOCK_C channels x BLOCK_N pixels; `finish_kernel` goes through the normalisation.
-No atomics, one order of summation. Memory traffic: operands from L2 once a tile, the output once; D (B, C, N) in float32
-is written and read once. Accumulation: float32; float32 operands are multiplied in full float32 ("ieee"), half ones as
-they are on the tensor cores. Limits: float64 is left to other backends; 64-bit offsets; any strides of the features.
+gradient's matrix product, a program one tile of channels x pixels; `finish_kernel` goes through the normalisation.
+No atomics, one order of summation. Memory traffic: operands from L2 once a tile, the output once; D (B, C, N) in
+float32 is written and read once. Accumulation: float32; float32 operands are multiplied in full float32 ("ieee"),
+half ones as they are on the tensor cores. Limits: float64 is left to other backends; 64-bit offsets; any strides of the features.
 
-Legend: B batch, C channels, N pixels (NA of the query, NB of the support), W width of a grid, SB bytes of a row of signs.
+Legend: B batch, C channels, N pixels (NA of the query, NB of the support), W width of a grid, SB bytes of a row of
+signs.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch import Tensor
 from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like
 from fss_kernels.ops.masked_avg_pool.triton_kernels import _resize
 
-# The interpreter pays per program, and its bfloat16 products are wrong: operands are widened first.
-TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
-WIDEN = TRITON_INTERPRETED
+TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}  # float32: more depth spills
+HALF_TILE = {**TILE, "BLOCK_K": 32}
+WIDEN = TRITON_INTERPRETED  # whose products of half precision are wrong
 
 
 @triton.jit
@@ -208,7 +209,8 @@ def hypercorrelation_fwd(
     grid = (triton.cdiv(rows, TILE["BLOCK_M"]), triton.cdiv(columns, TILE["BLOCK_N"]), batch)
     correlate_kernel[grid](
         query, support, u, v, out, signs, *query.stride(), *support.stride(), rows * columns,
-        channels, rows, columns, wa, wb, row_bytes, CLAMP=clamp, WIDEN=WIDEN, **TILE,
+        channels, rows, columns, wa, wb, row_bytes,
+        CLAMP=clamp, WIDEN=WIDEN, **(TILE if query.dtype == torch.float32 else HALF_TILE),
     )  # fmt: skip
     return out, query_norm, support_norm, weights, signs
 
