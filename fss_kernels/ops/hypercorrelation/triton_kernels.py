@@ -9,7 +9,8 @@ whose epilogue scales, clamps, stores and packs the signs, a program one tile of
 gradient's matrix product, a program one tile of channels x pixels; `finish_kernel` goes through the normalisation.
 No atomics, one order of summation. Memory traffic: operands from L2 once a tile, the output once; D (B, C, N) in
 float32 is written and read once. Accumulation: float32; float32 operands are multiplied in full float32 ("ieee"),
-half ones as they are on the tensor cores. Limits: float64 is left to other backends; 64-bit offsets; any strides of the features.
+half ones as they are on the tensor cores. Limits: float64 is left to other backends; 64-bit offsets; any strides of the
+features.
 
 Legend: B batch, C channels, N pixels (NA of the query, NB of the support), W width of a grid, SB bytes of a row of
 signs.
