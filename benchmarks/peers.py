@@ -240,3 +240,53 @@ def _register_cosines() -> None:
 
 
 _register_cosines()
+
+
+# ---- hypercorrelation ----------------------------------------------------------------------------------------------
+
+
+def _under(mask: Tensor | None, support: Tensor) -> Tensor:
+    return support if mask is None else support * _on_grid(mask[:, None], support, True)
+
+
+def _hsnet(query: Tensor, support: Tensor, mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """HSNet's layer: mask, divide each side by norm + eps, one product, clamp."""
+    q, s = query.flatten(2), _under(mask, support).flatten(2)
+    q = q / (q.norm(dim=1, p=2, keepdim=True) + eps)
+    s = s / (s.norm(dim=1, p=2, keepdim=True) + eps)
+    product = torch.bmm(q.transpose(1, 2), s).clamp(min=0)
+    return product.view(*query.shape[:1], *query.shape[2:], *support.shape[2:])
+
+
+def _cosine_bmm(query: Tensor, support: Tensor, mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """The fewest passes in eager code: norms without a copy, one factor a side, one product, clamped in place."""
+    q, s = query.flatten(2), support.flatten(2)
+    u = 1 / (torch.linalg.vector_norm(q, dim=1, keepdim=True) + eps)
+    v = torch.linalg.vector_norm(s, dim=1, keepdim=True)
+    if mask is None:
+        v = 1 / (v + eps)
+    else:
+        m = _on_grid(mask[:, None], support, True).flatten(2)
+        v = m / (v * m + eps)
+    product = torch.bmm((q * u).transpose(1, 2), s * v).relu_()
+    return product.view(*query.shape[:1], *query.shape[2:], *support.shape[2:])
+
+
+@peer("hypercorrelation", "hsnet", "passes over the output twice and multiplies masked-out pixels")
+def _(tensors, options):
+    return _hsnet
+
+
+@peer("hypercorrelation", "cosine-bmm", "copies both operands, keeps the output for the gradient, no zero or NaN rule")
+def _(tensors, options):
+    return _cosine_bmm
+
+
+@peer("hypercorrelation", "compile(hsnet)", "needs seconds of compilation per shape and has no zero or NaN rule")
+def _(tensors, options):
+    return compiled(_hsnet)
+
+
+@peer("hypercorrelation", "compile(cosine-bmm)", "needs seconds of compilation per shape and has no zero or NaN rule")
+def _(tensors, options):
+    return compiled(_cosine_bmm)

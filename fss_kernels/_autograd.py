@@ -112,8 +112,9 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
             vjp: Callable[..., Any] = torch.func.vjp(outputs_of, *(differentiated[i] for i in wanted))[1]
             return vjp(given[0] if n_out == 1 else tuple(given))
 
-        results, vjp = torch.func.vjp(gradients, *grads, *(tensors[i] for i in free))  # type: ignore[misc]
-        second = vjp(tuple(_zeros_for_none([grad_grads[i] for i in wanted], results)))
+        with torch.autocast(grads[0].device.type, enabled=False):  # would round the formula's products
+            results, vjp = torch.func.vjp(gradients, *grads, *(tensors[i] for i in free))  # type: ignore[misc]
+            second = vjp(tuple(_zeros_for_none([grad_grads[i] for i in wanted], results)))
         by_tensor = dict(zip(free, second[n_out:], strict=True))
         return second[:n_out], [by_tensor.get(i) for i in range(len(tensors))]
 

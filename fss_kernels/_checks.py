@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,18 +65,18 @@ def finite(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
-def one_dtype(
-    op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both tensors in one dtype: under autocast the widest of theirs, otherwise they have to agree."""
-    if value.dtype == other.dtype:
-        return value, other
-    if torch.is_autocast_enabled(value.device.type):
-        dtype = torch.promote_types(value.dtype, other.dtype)
-        return value.to(dtype), other.to(dtype)
+def one_dtype(op: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The named tensors in one dtype: under autocast the widest of theirs, otherwise that of the first or an error."""
+    (first_name, first), *rest = tensors.items()
+    if all(t.dtype == first.dtype for _, t in rest):
+        return list(tensors.values())
+    if torch.is_autocast_enabled(first.device.type):
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors.values()))
+        return [t.to(dtype) for t in tensors.values()]
+    name, other = next((n, t) for n, t in rest if t.dtype != first.dtype)
     raise TypeError(
-        f"{op}: {name} must have the dtype of {other_name}, {_names([other.dtype])}, got {_names([value.dtype])}; "
-        f"pass {name}.to({other.dtype})"
+        f"{op}: {name} must have the dtype of {first_name}, {_names([first.dtype])}, got {_names([other.dtype])}; "
+        f"pass {name}.to({first.dtype})"
     )
 
 
@@ -106,23 +106,6 @@ def odd(op: str, name: str, sizes: Sequence[int], largest: int) -> None:
     """Odd sizes 1 ... largest."""
     if any(n % 2 == 0 or not 1 <= n <= largest for n in sizes):
         raise ValueError(f"{op}: {name} must have odd sizes 1 ... {largest}, got {' x '.join(str(n) for n in sizes)}")
-
-
-def same_dtype(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Both tensors have one dtype."""
-    if value.dtype != other.dtype:
-        raise TypeError(
-            f"{op}: {name} must have the dtype of {other_name}, got {_names([value.dtype])} and "
-            f"{_names([other.dtype])}: cast with {name}.to({other_name}.dtype)"
-        )
-
-
-def widest(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Under autocast, floating tensors promoted to the widest dtype among them; otherwise the tensors as they are."""
-    if not torch.is_autocast_enabled(tensors[0].device.type):
-        return list(tensors)
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
-    return [t.to(dtype) for t in tensors]
 
 
 def boolean(op: str, name: str, value: Any) -> None:

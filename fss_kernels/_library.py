@@ -186,6 +186,10 @@ class Op:
                 backend = self.default_backend(device, features)
             elif (reason := self.why_not(backend, device, features.dtype)) is not None:
                 raise RuntimeError(f"{self.name}: backend {backend!r} is not available: {reason}")
+            if backend == "reference" and torch.is_autocast_enabled(features.device.type):
+                # its products would be rounded to autocast's dtype; those of kernels are not
+                with torch.autocast(features.device.type, enabled=False):
+                    return getattr(self.backends[backend], direction)(*args)
             return getattr(self.backends[backend], direction)(*args)
 
         return run
@@ -255,17 +259,6 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.ndim == 4 and is_channels_last(tensor):
         return tensor.new_zeros((1, tensor.shape[1], 1, 1)).expand(tensor.shape)
     return tensor.new_zeros((1,) * tensor.ndim).expand(tensor.shape)
-
-
-def fold(tensor: torch.Tensor, dim: int | None, size: int, into: int = 0) -> torch.Tensor:
-    """Merges a dimension mapped by vmap (expanded when there is none) into dimension ``into``."""
-    tensor = tensor.unsqueeze(into) if dim is None else tensor.movedim(dim, into)
-    return tensor.expand(*tensor.shape[:into], size, *tensor.shape[into + 1 :]).flatten(into, into + 1)
-
-
-def unfold(tensor: torch.Tensor, size: int, dim: int = 0) -> torch.Tensor:
-    """Splits the mapped dimension off again."""
-    return tensor.unflatten(dim, (size, tensor.shape[dim] // size))
 
 
 def accumulate_dtype(features: torch.Tensor) -> torch.dtype:

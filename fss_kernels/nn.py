@@ -6,7 +6,29 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fss_kernels.ops import dynamic_conv2d, masked_avg_pool, prototype_cosine
+from fss_kernels.ops import dynamic_conv2d, hypercorrelation, masked_avg_pool, prototype_cosine
+
+
+class Hypercorrelation(nn.Module):
+    """`fss_kernels.hypercorrelation` with its options fixed.
+
+    Example:
+        >>> import torch
+        >>> Hypercorrelation()(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 5, 6)).shape
+        torch.Size([1, 3, 4, 5, 6])
+    """
+
+    def __init__(self, *, eps: float = 1e-5, eps_mode: str = "add", clamp: bool = True) -> None:
+        super().__init__()
+        self.eps, self.eps_mode, self.clamp = eps, eps_mode, clamp
+
+    def forward(self, query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Query (B, C, Ha, Wa), support (B, C, Hb, Wb) and mask (B, h, w) to (B, Ha, Wa, Hb, Wb)."""
+        return hypercorrelation(query, support, mask, eps=self.eps, eps_mode=self.eps_mode, clamp=self.clamp)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"eps={self.eps}, eps_mode={self.eps_mode!r}, clamp={self.clamp}"
 
 
 class MaskedAvgPool(nn.Module):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SPECS, ids, sample_of
+from conftest import SPECS, ids
 from torch._dynamo.backends.common import aot_autograd
 
 from fss_kernels import testing

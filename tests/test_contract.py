@@ -13,6 +13,7 @@ from fss_kernels import _library, testing
 BAD = [pytest.param(spec, bad, id=f"{spec.name}-{bad.id}") for spec in SPECS for bad in spec.bad_inputs()]
 SIGNATURES = {
     "dynamic_conv2d": "(x, kernels, *, merge=False)",
+    "hypercorrelation": "(query, support, mask=None, *, eps=1e-05, eps_mode='add', clamp=True)",
     "masked_avg_pool": "(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",
     "prototype_cosine": "(features, prototypes, *, scale=1.0, eps=1e-08, eps_mode='clamp')",
 }

@@ -83,6 +83,29 @@ def masked_avg_pool_variants():
             pointers = {"source_ptr": source, "target_ptr": target}
             yield k.resize_kernel, f"{name}-{source}-{target}", pointers, options
             yield k.transposed_axis_kernel, f"{name}-{source}-{target}", pointers, options
+    yield from hypercorrelation_variants()
+
+
+def hypercorrelation_variants():
+    """The same for hypercorrelation."""
+    from fss_kernels.ops.hypercorrelation import triton_kernels as k
+
+    for x in ("fp32", "bf16", "fp16"):
+        pointers = {"x_ptr": x, "query_ptr": x, "support_ptr": x, "grad_ptr": x, "out_ptr": x, "signs_ptr": "u8"}
+        for add in (True, False):
+            for known in (True, False):
+                blocks = {"HAS_NORMS": known, "ADD": add, "BLOCK_C": 32, "BLOCK_N": 64}
+                yield k.scale_kernel, f"{x}-{'add' if add else 'clamp'}-{'known' if known else 'new'}", pointers, blocks
+            blocks = {"ADD": add, "BLOCK_C": 32, "BLOCK_N": 32}
+            yield k.finish_kernel, f"{x}-{'add' if add else 'clamp'}", pointers, blocks
+        for clamp in (True, False):
+            name = f"{x}-{'clamp' if clamp else 'signed'}"
+            tile = k.TILE if x == "fp32" else k.HALF_TILE
+            yield k.correlate_kernel, name, pointers, {"CLAMP": clamp, "WIDEN": False, **tile}
+            for query in (True, False):
+                side = "query" if query else "support"
+                options = {"OF_QUERY": query, "CLAMP": clamp, **k.TILE}
+                yield k.product_kernel, f"{name}-{side}", pointers, options
 
 
 def signature(kernel, pointers, constants):

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -19,6 +21,8 @@
 #define FSS_ISA_LEVEL 0
 #define FSS_VECTOR_BYTES 16
 #include "simd.h"
+#include "panels.h"
+#include "resize.h"
 #include FSS_CORE
 #undef FSS_ISA
 #undef FSS_ISA_LEVEL
@@ -31,6 +35,8 @@
 #define FSS_ISA_LEVEL 1
 #define FSS_VECTOR_BYTES 32
 #include "simd.h"
+#include "panels.h"
+#include "resize.h"
 #include FSS_CORE
 #undef FSS_ISA
 #undef FSS_ISA_LEVEL
@@ -43,6 +49,8 @@
 #define FSS_ISA_LEVEL 2
 #define FSS_VECTOR_BYTES 64
 #include "simd.h"
+#include "panels.h"
+#include "resize.h"
 #include FSS_CORE
 #undef FSS_ISA
 #undef FSS_ISA_LEVEL

@@ -8,7 +8,6 @@ namespace fss {
 namespace {
 
 using masked_avg_pool::PoolArgs;
-using masked_avg_pool::ResizeArgs;
 
 constexpr const char* kOp = "masked_avg_pool";
 // A gradient at least this large leaves the caches before anyone reads it, so it is written past them.
@@ -61,7 +60,7 @@ Resizer resizer(const Tensor& source, const Tensor& target, const Resize& mode, 
     return dispatch_floating(target.scalar_type(), kOp, [&](auto d) -> Resizer {
       using S = typename decltype(s)::type;
       using D = typename decltype(d)::type;
-      return {FSS_FOR_ISA(masked_avg_pool::resize<S, D>), args};
+      return {FSS_FOR_ISA(resize<S, D>), args};
     });
   });
 }

@@ -109,7 +109,14 @@ def test_every_sample_has_its_own_kernels(backend):
 @pytest.mark.parametrize("merge", [False, True], ids=["concatenated", "merged"])
 @pytest.mark.parametrize(
     "sizes",
-    [DPCN, ((5, 5),), ((5, 5), (1, 5), (5, 1)), ((1, 5), (5, 5), (5, 1)), ((7, 3), (1, 9), (3, 3), (1, 1)), ((5, 1), (1, 5))],
+    [
+        DPCN,
+        ((5, 5),),
+        ((5, 5), (1, 5), (5, 1)),
+        ((1, 5), (5, 5), (5, 1)),
+        ((7, 3), (1, 9), (3, 3), (1, 1)),
+        ((5, 1), (1, 5)),
+    ],
     ids=str,
 )
 def test_grouped_convolution(sizes, merge, memory_format, backend):

@@ -55,15 +55,13 @@ def dynamic_conv2d(x: Tensor, kernels: Tensor | Sequence[Tensor], *, merge: bool
     _checks.tensor(_NAME, "x", x, {4: "(B, C, H, W)"}, _checks.FEATURE_DTYPES)
     _checks.not_empty(_NAME, "x", x, slice(1, 4), "channels or pixels")
     _checks.sequence(_NAME, "kernels", kernels, "kernel")
-    for i, kernel in enumerate(kernels):
-        name = f"kernels[{i}]" if len(kernels) > 1 else "kernels"
+    names = [f"kernels[{i}]" for i in range(len(kernels))] if len(kernels) > 1 else ["kernels"]
+    for name, kernel in zip(names, kernels, strict=True):
         _checks.tensor(_NAME, name, kernel, {4: "(B, C, kh, kw)"}, _checks.FEATURE_DTYPES)
         _checks.same_device(_NAME, name, kernel, "x", x)
         _checks.same_batch(_NAME, name, kernel, "x", x)
         _checks.same_channels(_NAME, name, kernel, "x", x)
         _checks.odd(_NAME, name, kernel.shape[2:], _LARGEST)
     _checks.boolean(_NAME, "merge", merge)
-    x, *kernels = _checks.widest(x, *kernels)
-    for i, kernel in enumerate(kernels):
-        _checks.same_dtype(_NAME, f"kernels[{i}]" if len(kernels) > 1 else "kernels", kernel, "x", x)
+    x, *kernels = _checks.one_dtype(_NAME, {"x": x, **dict(zip(names, kernels, strict=True))})
     return call(x, kernels, merge)

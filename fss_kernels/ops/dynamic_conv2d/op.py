@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fss_kernels import _autograd, _library
+from fss_kernels._batching import fold, unfold
 from fss_kernels.ops.dynamic_conv2d import reference
 
 op = _library.Op(
@@ -80,23 +81,21 @@ op.register_fake(_fwd_fake, _bwd_fake)
 
 def _fwd_vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, kernels: Sequence[Tensor], merge: bool) -> Any:
     size = info.batch_size
-    folded = [_library.fold(k, dim, size) for k, dim in zip(kernels, in_dims[1], strict=True)]
-    out, taps = op.fwd(_library.fold(x, in_dims[0], size), folded, merge)
-    return (_library.unfold(out, size), _library.unfold(taps, size)), (0, 0)
+    folded = [fold(k, dim, size) for k, dim in zip(kernels, in_dims[1], strict=True)]
+    out, taps = op.fwd(fold(x, in_dims[0], size), folded, merge)
+    return (unfold(out, size), unfold(taps, size)), (0, 0)
 
 
 def _bwd_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     size = info.batch_size
     (grad, x, kernels, taps), rest = args[:4], args[4:]
-    folded = [_library.fold(k, dim, size) for k, dim in zip(kernels, in_dims[2], strict=True)]
-    grad, x, taps = (_library.fold(t, in_dims[i], size) for i, t in ((0, grad), (1, x), (3, taps)))
+    folded = [fold(k, dim, size) for k, dim in zip(kernels, in_dims[2], strict=True)]
+    grad, x, taps = (fold(t, in_dims[i], size) for i, t in ((0, grad), (1, x), (3, taps)))
     grad_x, grad_kernels = op.bwd(grad, x, folded, taps, *rest)
     _, need_x, need_kernels = rest
-    unfolded = [
-        _library.unfold(g, size) if need else g for g, need in zip(grad_kernels, need_kernels, strict=True)
-    ]
+    unfolded = [unfold(g, size) if need else g for g, need in zip(grad_kernels, need_kernels, strict=True)]
     dims = (0 if need_x else None, [0 if need else None for need in need_kernels])
-    return (_library.unfold(grad_x, size) if need_x else grad_x, unfolded), dims
+    return (unfold(grad_x, size) if need_x else grad_x, unfolded), dims
 
 
 op.register_vmap(_fwd_vmap, _bwd_vmap)

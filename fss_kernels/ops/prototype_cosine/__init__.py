@@ -63,7 +63,7 @@ def prototype_cosine(
     _checks.tensor(_NAME, "features", features, _FEATURES, _checks.FEATURE_DTYPES)
     _checks.tensor(_NAME, "prototypes", prototypes, _PROTOTYPES, _checks.FEATURE_DTYPES)
     _checks.same_device(_NAME, "prototypes", prototypes, "features", features)
-    prototypes, features = _checks.one_dtype(_NAME, "prototypes", prototypes, "features", features)
+    features, prototypes = _checks.one_dtype(_NAME, {"features": features, "prototypes": prototypes})
     if prototypes.ndim == 3:
         _checks.same_batch(_NAME, "prototypes", prototypes, "features", features)
     _checks.not_empty(_NAME, "features", features, slice(1, 4), "channels or pixels")

@@ -1,0 +1,127 @@
+"""Hypercorrelation in plain PyTorch: the contract, written to be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fss_kernels._library import accumulate_dtype
+from fss_kernels.ops.masked_avg_pool.reference import resize_mask
+
+
+def norm(x: Tensor) -> Tensor:
+    """Norms of the vectors x (B, C, H, W) over C, (B, H, W); NaN where one is not finite."""
+    squares = (x * x).sum(1)
+    zero = squares == 0
+    n = torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
+    return torch.where(n.isfinite(), n, torch.nan)
+
+
+def normalise(x: Tensor, eps: float, eps_mode: str) -> Tensor:
+    """x / (n + eps) or x / max(n, eps) with n the norm; 0, value and gradient, for a zero vector."""
+    n = norm(x)
+    zero = n == 0
+    n = torch.where(zero, 1.0, n)
+    denominator = n + eps if eps_mode == "add" else torch.where(n <= eps, eps, n)
+    return torch.where(zero[:, None], 0.0, x / denominator[:, None])
+
+
+def weigh(support: Tensor, weights: Tensor) -> Tensor:
+    """support (B, C, H, W) times weights (B, H, W); 0 where the weight is 0, whatever the support holds."""
+    return torch.where((weights == 0)[:, None], 0.0, support) * weights[:, None]
+
+
+def correlate(query: Tensor, support: Tensor, weights: Tensor, eps: float, eps_mode: str, clamp: bool) -> Tensor:
+    """Hypercorrelation for a mask that is on the support's grid already."""
+    dtype = accumulate_dtype(query)
+    q = normalise(query.to(dtype), eps, eps_mode)
+    s = normalise(weigh(support.to(dtype), weights.to(dtype)), eps, eps_mode)
+    cosine = torch.einsum("bchw,bcyx->bhwyx", q, s)
+    if clamp:
+        cosine = torch.where(cosine <= 0, 0.0, cosine)  # NaN stays; no gradient where the cosine is not above 0
+    return cosine.to(query.dtype)
+
+
+def weights_of(mask: Tensor, support: Tensor) -> Tensor:
+    """mask (B, h, w) on the support's grid, bilinear with aligned corners, in the accumulation dtype."""
+    mask = mask.to(accumulate_dtype(support))
+    return resize_mask(mask[:, None], support.shape[-2], support.shape[-1], "bilinear", True)[:, 0]
+
+
+def hypercorrelation_reference(
+    query: Tensor, support: Tensor, mask: Tensor, eps: float, eps_mode: str, clamp: bool
+) -> Tensor:
+    """(B, C, Ha, Wa), (B, C, Hb, Wb), (B, h, w) -> (B, Ha, Wa, Hb, Wb)."""
+    return correlate(query, support, weights_of(mask, support), eps, eps_mode, clamp)
+
+
+def pack_bits(flags: Tensor) -> Tensor:
+    """flags (B, N, M), M padded to whole bytes, as bits (B, N, ceil(M / 8)): flag j is bit j % 8 of byte j // 8."""
+    padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return (padded * powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, size: int) -> Tensor:
+    """The first ``size`` flags of every row of `pack_bits`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :size].bool()
+
+
+def hypercorrelation_fwd(
+    query: Tensor, support: Tensor, mask: Tensor, eps: float, eps_mode: str, clamp: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward op: the correlation, norms of query (B, Ha, Wa) and weighted support (B, Hb, Wb), the resized mask
+    (B, Hb, Wb), and where the correlation is above 0 or NaN as bits (B, Ha*Wa, ceil(Hb*Wb / 8))."""
+    dtype = accumulate_dtype(query)
+    weights = weights_of(mask, support)
+    correlation = correlate(query.to(dtype), support.to(dtype), weights, eps, eps_mode, clamp)
+    signs = query.new_empty((query.shape[0], query.shape[2:].numel(), 0), dtype=torch.uint8)
+    if clamp:
+        signs = pack_bits(~(correlation.flatten(3).flatten(1, 2) <= 0))
+    norms = norm(query.to(dtype)), norm(weigh(support.to(dtype), weights))
+    return correlation.to(query.dtype), *norms, weights, signs
+
+
+def _grad_normalised(g: Tensor, x: Tensor, n: Tensor, eps: float, eps_mode: str) -> Tensor:
+    """Gradient to x of `normalise`, from g, that to its result, and the norms n."""
+    n = n[:, None]
+    safe = torch.where(n == 0, 1.0, n)
+    denominator = n + eps if eps_mode == "add" else torch.where(n <= eps, eps, n)
+    denominator = torch.where(n == 0, 1.0, denominator)
+    along = x * (x * g).sum(1, keepdim=True) / (safe * denominator * denominator)
+    if eps_mode == "clamp":
+        along = torch.where(n <= eps, 0.0, along)
+    return torch.where(n == 0, 0.0, g / denominator - along)
+
+
+def hypercorrelation_bwd(
+    grad: Tensor,
+    query: Tensor,
+    support: Tensor,
+    mask: Tensor,
+    query_norm: Tensor,
+    support_norm: Tensor,
+    weights: Tensor,
+    signs: Tensor,
+    eps: float,
+    eps_mode: str,
+    clamp: bool,
+    need_query: bool,
+    need_support: bool,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward op: two products with the output's gradient, through the normalisation. The mask has no gradient."""
+    grad_query, grad_support = query.new_empty(0), support.new_empty(0)
+    dtype = accumulate_dtype(query)
+    q, s, g = query.to(dtype), weigh(support.to(dtype), weights), grad.to(dtype)
+    if clamp:
+        live = unpack_bits(signs, support.shape[2:].numel()).view(grad.shape)
+        g = torch.where(live, g, 0.0)
+    if need_query:
+        d = torch.einsum("bhwyx,bcyx->bchw", g, normalise(s, eps, eps_mode))
+        grad_query = _grad_normalised(d, q, query_norm, eps, eps_mode).to(query.dtype)
+    if need_support:
+        d = torch.einsum("bhwyx,bchw->bcyx", g, normalise(q, eps, eps_mode))
+        grad_support = weigh(_grad_normalised(d, s, support_norm, eps, eps_mode), weights).to(support.dtype)
+    return grad_query, grad_support, mask.new_empty(0)
