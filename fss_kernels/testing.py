@@ -54,7 +54,7 @@ class BadInput:
 
 @dataclass(frozen=True)
 class Cost:
-    """Least work of one call: bytes that must move, floating-point operations, and how many of the bytes are written."""
+    """Least work of one call: bytes that must move, operations, and how many of those bytes are written."""
 
     bytes: int
     flops: int

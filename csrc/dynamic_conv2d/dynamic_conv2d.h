@@ -35,7 +35,7 @@ struct Branch {
   const int64_t* tap;
 };
 
-struct Tap {
+struct Shift {
   int64_t row, column;  // of x, relative to the output
 };
 
@@ -58,7 +58,7 @@ struct ConvArgs {
   void* grad_kernels;  // (B, C, T) in the accumulation type, or null
   int64_t outputs, taps;
   const int64_t* first;  // (L + 1): output o has the taps [first[o], first[o + 1])
-  const Tap* tap;        // (T)
+  const Shift* tap;      // (T)
   int64_t reach_rows, reach_columns;
   bool cross;  // the outputs are exactly the kernels of `sizes`: one 5x5, or with 5x1 and 1x5 in any order
   Cross sizes;
@@ -418,7 +418,7 @@ inline void cross_sums(const A* x, const A* const (&grad)[3], int64_t pitch, int
 
 // Any taps: Sign is 1 for the outputs and -1 for the gradient to x.
 template <int Rows, int Sign, class A>
-inline void any_tile(const A* center, int64_t pitch, int64_t step, const Tap* tap, int64_t taps, const A* kernels,
+inline void any_tile(const A* center, int64_t pitch, int64_t step, const Shift* tap, int64_t taps, const A* kernels,
                      vec<A> (&acc)[Rows]) {
   constexpr int64_t n = lanes<A>;
   for (int64_t t = 0; t < taps; ++t) {

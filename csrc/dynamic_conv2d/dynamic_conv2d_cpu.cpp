@@ -9,7 +9,7 @@ namespace {
 
 using dynamic_conv2d::Branch;
 using dynamic_conv2d::ConvArgs;
-using dynamic_conv2d::Tap;
+using dynamic_conv2d::Shift;
 
 constexpr const char* kOp = "dynamic_conv2d";
 // Results at least this large leave the caches before anyone reads them, so they are written past them.
@@ -17,7 +17,7 @@ constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 // The taps of every output, and for every element of every kernel its tap.
 struct Plan {
-  std::vector<Tap> taps;
+  std::vector<Shift> taps;
   std::vector<int64_t> first;
   std::vector<std::vector<int64_t>> tap_of;
   int64_t reach_rows = 0, reach_columns = 0;

@@ -29,8 +29,8 @@ def dynamic_conv2d(x: Tensor, kernels: Tensor | Sequence[Tensor], *, merge: bool
     Returns:
         (B, L*C, H, W), branch after branch, or (B, C, H, W) with ``merge``, in the dtype and memory format of x.
 
-    Differentiable in x and every kernel, twice. B = 0 gives an empty result. A NaN or Inf in x reaches the outputs whose
-    window holds it, also under a weight of 0, as in a convolution. Deterministic.
+    Differentiable in x and every kernel, twice. B = 0 gives an empty result. A NaN or Inf in x reaches the outputs
+    whose window holds it, also under a weight of 0, as in a convolution. Deterministic.
 
     Cost: B*C*H*W elements read once and L times as many written; 2*B*C*H*W*sum(kh*kw) flops (the union of the kernels
     with ``merge``); extra memory: the kernels once more, in float32. The backward reads x and the gradient once for
