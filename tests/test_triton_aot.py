@@ -5,6 +5,7 @@ python tests/test_triton_aot.py --write      records registers and shared memory
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -13,9 +14,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fss_kernels import _library
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -25,15 +29,13 @@ TARGETS = {
 }
 TABLE = Path(__file__).parents[1] / "benchmarks" / "resources" / "triton.json"
 POINTER, INTEGER = "*", "i32"
+DTYPES = ("fp32", "bf16", "fp16")  # of features
 
 
-def variants():
-    """(kernel, id, signature, constants) of everything the launchers instantiate: float32 and half features, masks."""
-    from fss_kernels.ops.masked_avg_pool import triton_kernels as k
-
+def masked_avg_pool(k):
     acc = {"ACC": triton.language.float32}
     modes = {"bilinear": (False, True), "corners-off": (False, False), "nearest": (True, True)}
-    for x in ("fp32", "bf16", "fp16"):
+    for x in DTYPES:
         pooled = {"x_ptr": x, "grad_ptr": x, "pooled_ptr": x, "out_ptr": x}
         for masks in (1, 2, 4):
             block_c = 16 if masks == 1 else 8
@@ -51,6 +53,46 @@ def variants():
             pointers = {"source_ptr": source, "target_ptr": target}
             yield k.resize_kernel, f"{name}-{source}-{target}", pointers, options
             yield k.transposed_axis_kernel, f"{name}-{source}-{target}", pointers, options
+
+
+def dynamic_conv2d(k):
+    """DPCN's three kernels, apart and merged; three of 9 x 9, the most taps there can be; four: the second launch."""
+    dpcn, nine = ((5, 1), (1, 5), (5, 5)), ((9, 9),) * 3
+    cases = [(x, "dpcn", dpcn, merge, 0) for x in DTYPES for merge in (False, True)]
+    cases += [("fp32", "nine", nine, merge, 0) for merge in (False, True)] + [("bf16", "nine", nine, False, 0)]
+    cases += [("bf16", "fourth", (*dpcn, (1, 3)), merge, 1) for merge in (False, True)]
+    for x, name, sizes, merge, launch in cases:
+        plan = k._Plan([torch.empty(1, 1, *size) for size in sizes], merge)
+        id = f"{x}-{name}{'-merged' * merge}"
+        half = {f"k{i}_ptr": x for i in range(3)} | {"x_ptr": x, "grad_ptr": x, "out_ptr": x}
+        _, _, options = list(plan.branches(range(len(sizes))))[launch]
+        add = {"ADD": launch > 0}
+        yield k.pack_kernel, id, half, {**options, **add, "BLOCK": k.ROWS}
+        yield k.unpack_kernel, id, half, {**options, "BLOCK": k.ROWS}
+        groups = [masks for _, _, masks in plan.groups(range(len(plan.outputs)))]
+        if launch == len(groups):
+            continue
+        for layout, (block_c, block_n) in k.TILES.items():
+            tile = {**groups[launch], "BLOCK_C": block_c, "BLOCK_N": block_n}
+            yield k.conv_kernel, f"{id}-{layout}", half, tile
+            yield k.grad_x_kernel, f"{id}-{layout}", half, {**tile, **add}
+        for layout, (block_c, block_n) in k.SUM_TILES.items():
+            tile = {**groups[launch], "BLOCK_C": block_c, "BLOCK_N": block_n}
+            yield k.grad_taps_kernel, f"{id}-{layout}", half, tile
+
+
+# Op -> a generator of (kernel, id, pointer types, constants): what its launchers instantiate.
+OPS = {"masked_avg_pool": masked_avg_pool, "dynamic_conv2d": dynamic_conv2d}
+
+
+def module(op):
+    return importlib.import_module(f"fss_kernels.ops.{op}.triton_kernels")
+
+
+def variants():
+    """(kernel, id, signature, constants) of everything the launchers of all ops instantiate."""
+    for op, of in OPS.items():
+        yield from of(module(op))
 
 
 def signature(kernel, pointers, constants):
@@ -107,12 +149,11 @@ def test_compiles_without_spills(target):
         print(f"resources that differ from {TABLE.name}: {changed}")
 
 
-def test_every_kernel_is_listed():
+@pytest.mark.parametrize("op", [name for name, op in _library.ops.items() if "triton" in op.backends])
+def test_every_kernel_is_listed(op):
     """A kernel that is not among the variants would never be compiled here."""
-    from fss_kernels.ops.masked_avg_pool import triton_kernels
-
-    kernels = {name for name in vars(triton_kernels) if name.endswith("_kernel")}
-    assert kernels and kernels == {kernel.__name__ for kernel, *_ in variants()}
+    kernels = {name for name in vars(module(op)) if name.endswith("_kernel")}
+    assert kernels and kernels == {kernel.__name__ for kernel, *_ in OPS[op](module(op))}
 
 
 if __name__ == "__main__" and "--write" in sys.argv:
