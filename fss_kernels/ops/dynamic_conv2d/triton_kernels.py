@@ -26,10 +26,11 @@ from torch import Tensor
 from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like, is_channels_last
 from fss_kernels.ops.dynamic_conv2d.reference import tap_positions
 
-BRANCHES = 3  # kernels, or outputs, of one launch
+BRANCHES = 3  # kernels, or outputs, that one launch takes
+MOST_TAPS = 90  # of one launch with several of them: unrolled, more take minutes to compile
 # (channels, pixels) of a program; the interpreter pays per program.
-TILES = {"planes": (4, 256), "channels_last": (32, 32)}
-SUM_TILES = {"planes": (2, 1024), "channels_last": (16, 256)}  # of the kernel gradients
+TILES = {"planes": (4, 128), "channels_last": (32, 16)}
+SUM_TILES = {"planes": (1, 1024), "channels_last": (16, 128)}  # of the kernel gradients
 ROWS = 64  # (b, c) of a program that packs taps
 if TRITON_INTERPRETED:
     TILES = {"planes": (8, 2048), "channels_last": (8, 1024)}
@@ -277,26 +278,31 @@ class _Plan:
 
     def groups(self, wanted: Sequence[int]) -> Iterator[tuple[list[int], list[int], dict[str, int]]]:
         """(first taps, outputs, masks) of the wanted outputs."""
-        for i in range(0, len(wanted), BRANCHES):
-            chosen = list(wanted[i : i + BRANCHES])
-            chosen, masks = _padded(chosen), _padded([self.outputs[o] for o in chosen])
-            yield [self.first[o] for o in chosen], chosen, {f"MASK{i}": mask for i, mask in enumerate(masks)}
+        for chosen, masks in _launches(wanted, self.outputs):
+            yield [self.first[o] for o in chosen], chosen, _named(masks)
 
     def branches(self, wanted: Sequence[int]) -> Iterator[tuple[list[int], list[int], dict[str, int]]]:
         """(first taps, kernels, options of `pack_kernel`) of the wanted kernels."""
-        for i in range(0, len(wanted), BRANCHES):
-            chosen = list(wanted[i : i + BRANCHES])
-            masks = _padded([self.kernels[k] for k in chosen])
+        for chosen, masks in _launches(wanted, self.kernels):
             union = self.outputs[0] if self.merge else masks[0] | masks[1] | masks[2]
-            named = {f"MASK{i}": mask for i, mask in enumerate(masks)}
-            chosen = _padded(chosen)
             first = [0 if self.merge else self.first[k] for k in chosen]
-            yield first, chosen, {**named, "UNION": union, "MERGE": self.merge}
+            yield first, chosen, {**_named(masks), "UNION": union, "MERGE": self.merge}
 
 
-def _padded(values: list[int]) -> list[int]:
-    """As many as a launch takes: a mask of 0 has no taps, and number 0 always exists."""
-    return values + [0] * (BRANCHES - len(values))
+def _launches(wanted: Sequence[int], masks: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """(numbers, masks) of BRANCHES at a time, in order; where there are fewer, number 0 with a mask of no taps."""
+    rest = list(wanted)
+    while rest:
+        count = 1
+        while count < min(BRANCHES, len(rest)) and sum(masks[i].bit_count() for i in rest[: count + 1]) <= MOST_TAPS:
+            count += 1
+        chosen, rest = rest[:count], rest[count:]
+        padding = [0] * (BRANCHES - count)
+        yield chosen + padding, [masks[i] for i in chosen] + padding
+
+
+def _named(masks: Sequence[int]) -> dict[str, int]:
+    return {f"MASK{i}": mask for i, mask in enumerate(masks)}
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
