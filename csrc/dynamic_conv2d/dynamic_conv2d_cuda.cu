@@ -35,7 +35,8 @@ constexpr int kTaps = 96;      // of a launch: a 9x9, or DPCN's three
 constexpr int kOutputs = 8;
 constexpr int kBranches = 16;
 constexpr int kPieces = 16;  // blocks that share the kernel gradients of kChannels channels
-constexpr int64_t kForwardFloats = 48 * 256, kBackwardFloats[2] = {48 * 256, 96 * 256};  // of shared memory
+// Of shared memory: for three blocks, and for the two that the backward's registers leave (planes, channels_last).
+constexpr int64_t kForwardFloats = 48 * 256, kBackwardFloats[2] = {80 * 256, 96 * 256};
 
 // Columns next to each other with taps in `height` rows around the middle one; `at` is the first of the taps.
 struct Panel {
@@ -571,17 +572,19 @@ bool several_panels(const Plan& plan) {
   return false;
 }
 
-// Tiles of which `padded` with a halo and `dense` without fit in so many floats, as few and as equal as that allows.
+// Tiles of which `padded` with a halo and `dense` without fit in so many floats, as few and as equal as that allows. By
+// sizes alone, not by where the planes lie in memory: the order of the kernel gradients' sums follows from the tiles.
 Tiles make_tiles(const Plan& plan, const Tensor& x, bool channels_last, int padded, int dense, int64_t floats) {
   STD_TORCH_CHECK(x.size(2) <= INT32_MAX && x.size(3) <= INT32_MAX, kOp, ": a plane is too large");
   Tiles t{};
-  const int s = channels_last ? kChannels : 1, group = int(16 / x.element_size());
+  const int s = channels_last ? kChannels : 1, size = int(x.element_size());
+  const int group = channels_last || x.size(3) * size % 16 == 0 ? 16 / size : 1;  // of pixels, or of channels
   t.height = int(x.size(2)), t.width = int(x.size(3)), t.reach_rows = plan.reach_rows;
   const int widest = channels_last ? 16 : t.width <= 256 ? 256 : 128;
   t.columns = int(ceil_div(t.width, ceil_div(t.width, widest)));
   if (t.columns < t.width && !channels_last) t.columns = rounded_up(t.columns, 8);
   t.across = int(ceil_div(t.width, t.columns));
-  t.left = channels_last ? plan.reach_columns : group;
+  t.left = channels_last ? plan.reach_columns : std::max(group, 4);
   t.pitch = (channels_last ? t.columns : rounded_up(t.columns, group)) + (t.across > 1 ? 2 : 1) * t.left;
   for (int64_t strips = 1;; ++strips) {
     t.rows = strips == 1 ? t.height : rounded_up(int(ceil_div(t.height, strips)), kRows);
