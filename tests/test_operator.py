@@ -27,7 +27,8 @@ def test_opcheck(spec, layout, requires_grad):
     assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}
 
     n_in, n_out = len(sample.tensors), spec.op.outputs
-    results = [r.detach().requires_grad_(requires_grad and i < n_out) for i, r in enumerate(spec.op.fwd(*arguments))]
+    results = [r.detach() for r in spec.op.fwd(*arguments)]
+    results[:n_out] = [torch.ones_like(r).requires_grad_(requires_grad) for r in results[:n_out]]
     for needs in ([True] * n_in, [i == 0 for i in range(n_in)], [i == n_in - 1 for i in range(n_in)]):
         backward = testing.raw_backward(spec, results, arguments, needs)
         assert set(opcheck(spec.op.bwd, backward, test_utils=OPCHECK).values()) == {"SUCCESS"}

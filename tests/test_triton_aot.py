@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,17 +31,33 @@ TARGETS = {
 }
 TABLE = Path(__file__).parents[1] / "benchmarks" / "resources" / "triton.json"
 POINTER, INTEGER = "*", "i32"
+DTYPES = ("fp32", "bf16", "fp16")  # of features
 
 
-def variants():
-    """(kernel, id, signature, constants) of everything the launchers of all ops instantiate."""
-    yield from masked_avg_pool_variants()
-    yield from prototype_cosine_variants()
+def masked_avg_pool(k):
+    acc = {"ACC": triton.language.float32}
+    modes = {"bilinear": (False, True), "corners-off": (False, False), "nearest": (True, True)}
+    for x in DTYPES:
+        pooled = {"x_ptr": x, "grad_ptr": x, "pooled_ptr": x, "out_ptr": x}
+        for masks in (1, 2, 4):
+            block_c = 16 if masks == 1 else 8
+            tile = {**acc, "MASKS": masks, "BLOCK_C": block_c, "BLOCK_N": 128, "PIECE": k.PIECE}
+            yield k.pool_kernel, f"{x}-{masks}", pooled, tile
+            yield k.moments_kernel, f"{x}-{masks}", pooled, {**acc, "MASKS": masks, "BLOCK_C": 16, "BLOCK_N": 64}
+        yield k.finish_pool_kernel, x, pooled, {**acc, "BLOCK": 256}
+        for block_c, block_n in ((8, 256), (128, 16)):
+            yield k.grad_features_kernel, f"{x}-{block_c}", pooled, {**acc, "BLOCK_C": block_c, "BLOCK_N": block_n}
+    yield k.area_kernel, "fp32", {}, {**acc, "BLOCK": 1024}
+    yield k.grad_weights_kernel, "fp32", {}, {"BLOCK": 1024}
+    for name, (nearest, align) in modes.items():
+        options = {**acc, "NEAREST": nearest, "ALIGN": align, "BLOCK": k.BLOCK}
+        for source, target in (("u8", "fp32"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")):
+            pointers = {"source_ptr": source, "target_ptr": target}
+            yield k.resize_kernel, f"{name}-{source}-{target}", pointers, options
+            yield k.transposed_axis_kernel, f"{name}-{source}-{target}", pointers, options
 
 
-def prototype_cosine_variants():
-    from fss_kernels.ops.prototype_cosine import triton_kernels as k
-
+def prototype_cosine(k):
     for x, add in (("fp32", False), ("fp32", True), ("bf16", False), ("fp16", False)):
         pointers = dict.fromkeys(("x_ptr", "w_ptr", "grad_ptr", "scores_ptr", "out_ptr"), x)
         base = {"ADD": add, "ACC": triton.language.float32}
@@ -59,37 +76,7 @@ def prototype_cosine_variants():
         yield k.grad_prototypes_kernel, name, pointers, {**base, "BLOCK": k.BLOCK}
 
 
-def masked_avg_pool_variants():
-    """float32 and half features, every mask dtype."""
-    from fss_kernels.ops.masked_avg_pool import triton_kernels as k
-
-    acc = {"ACC": triton.language.float32}
-    modes = {"bilinear": (False, True), "corners-off": (False, False), "nearest": (True, True)}
-    for x in ("fp32", "bf16", "fp16"):
-        pooled = {"x_ptr": x, "grad_ptr": x, "pooled_ptr": x, "out_ptr": x}
-        for masks in (1, 2, 4):
-            block_c = 16 if masks == 1 else 8
-            tile = {**acc, "MASKS": masks, "BLOCK_C": block_c, "BLOCK_N": 128, "PIECE": k.PIECE}
-            yield k.pool_kernel, f"{x}-{masks}", pooled, tile
-            yield k.moments_kernel, f"{x}-{masks}", pooled, {**acc, "MASKS": masks, "BLOCK_C": 16, "BLOCK_N": 64}
-        yield k.finish_pool_kernel, x, pooled, {**acc, "BLOCK": 256}
-        for block_c, block_n in ((8, 256), (128, 16)):
-            yield k.grad_features_kernel, f"{x}-{block_c}", pooled, {**acc, "BLOCK_C": block_c, "BLOCK_N": block_n}
-    yield k.area_kernel, "fp32", {}, {**acc, "BLOCK": 1024}
-    yield k.grad_weights_kernel, "fp32", {}, {"BLOCK": 1024}
-    for name, (nearest, align) in modes.items():
-        options = {**acc, "NEAREST": nearest, "ALIGN": align, "BLOCK": k.BLOCK}
-        for source, target in (("u8", "fp32"), ("fp32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")):
-            pointers = {"source_ptr": source, "target_ptr": target}
-            yield k.resize_kernel, f"{name}-{source}-{target}", pointers, options
-            yield k.transposed_axis_kernel, f"{name}-{source}-{target}", pointers, options
-    yield from hypercorrelation_variants()
-
-
-def hypercorrelation_variants():
-    """The same for hypercorrelation."""
-    from fss_kernels.ops.hypercorrelation import triton_kernels as k
-
+def hypercorrelation(k):
     for x in ("fp32", "bf16", "fp16"):
         pointers = {"x_ptr": x, "query_ptr": x, "support_ptr": x, "grad_ptr": x, "out_ptr": x, "signs_ptr": "u8"}
         for add in (True, False):
@@ -106,6 +93,53 @@ def hypercorrelation_variants():
                 side = "query" if query else "support"
                 options = {"OF_QUERY": query, "CLAMP": clamp, **k.TILE}
                 yield k.product_kernel, f"{name}-{side}", pointers, options
+
+
+def dynamic_conv2d(k):
+    """DPCN's three kernels, apart and merged; 9 x 9, the most taps there are; what a second launch adds."""
+    dpcn, nine = ((5, 1), (1, 5), (5, 5)), ((9, 9),)
+    cases = [(x, "dpcn", dpcn, False, 0) for x in DTYPES]
+    cases += [("bf16", "dpcn", dpcn, True, 0), ("bf16", "nine", nine, False, 0)]
+    cases += [("bf16", "fourth", (*dpcn, (1, 3)), merge, 1) for merge in (False, True)]
+    for x, name, sizes, merge, launch in cases:
+        plan = k._Plan([torch.empty(1, 1, *size) for size in sizes], merge)
+        id = f"{x}-{name}{'-merged' * merge}"
+        half = {f"k{i}_ptr": x for i in range(3)} | {"x_ptr": x, "grad_ptr": x, "out_ptr": x}
+        _, _, options = list(plan.branches(range(len(sizes))))[launch]
+        add = {"ADD": launch > 0}
+        yield k.pack_kernel, id, half, {**options, **add, "BLOCK": k.ROWS}
+        yield k.unpack_kernel, id, half, {**options, "BLOCK": k.ROWS}
+        groups = [masks for _, _, masks in plan.groups(range(len(plan.outputs)))]
+        if launch == len(groups):
+            continue
+        layouts = list(k.TILES)[: 1 if name == "nine" else None]  # they take minutes
+        for layout in layouts:
+            block_c, block_n = k.TILES[layout]
+            tile = {**groups[launch], "BLOCK_C": block_c, "BLOCK_N": block_n}
+            yield k.conv_kernel, f"{id}-{layout}", half, tile
+            yield k.grad_x_kernel, f"{id}-{layout}", half, {**tile, **add}
+            block_c, block_n = k.SUM_TILES[layout]
+            tile = {**groups[launch], "BLOCK_C": block_c, "BLOCK_N": block_n}
+            yield k.grad_taps_kernel, f"{id}-{layout}", half, tile
+
+
+# Op -> a generator of (kernel, id, pointer types, constants): what its launchers instantiate.
+OPS = {
+    "masked_avg_pool": masked_avg_pool,
+    "dynamic_conv2d": dynamic_conv2d,
+    "prototype_cosine": prototype_cosine,
+    "hypercorrelation": hypercorrelation,
+}
+
+
+def module(op):
+    return importlib.import_module(f"fss_kernels.ops.{op}.triton_kernels")
+
+
+def variants():
+    """(kernel, id, signature, constants) of everything the launchers of all ops instantiate."""
+    for op, of in OPS.items():
+        yield from of(module(op))
 
 
 def signature(kernel, pointers, constants):
@@ -162,16 +196,11 @@ def test_compiles_without_spills(target):
         print(f"resources that differ from {TABLE.name}: {changed}")
 
 
-def test_every_kernel_is_listed():
+@pytest.mark.parametrize("op", [name for name, op in _library.ops.items() if "triton" in op.backends])
+def test_every_kernel_is_listed(op):
     """A kernel that is not among the variants would never be compiled here."""
-    listed = {(kernel.__module__, kernel.__name__) for kernel, *_ in variants()}
-    launched = {
-        (module.__name__, name)
-        for module in (importlib.import_module(f"fss_kernels.ops.{op}.triton_kernels") for op in _library.ops)
-        for name in vars(module)
-        if name.endswith("_kernel")
-    }
-    assert launched and launched == listed
+    kernels = {name for name in vars(module(op)) if name.endswith("_kernel")}
+    assert kernels and kernels == {kernel.__name__ for kernel, *_ in OPS[op](module(op))}
 
 
 if __name__ == "__main__" and "--write" in sys.argv:

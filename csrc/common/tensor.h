@@ -84,7 +84,8 @@ inline Rows as_rows(const Tensor& x) {
 
 // (B, channels, H, W) in the memory format of x.
 inline Tensor empty_rows_like(const Tensor& x, int64_t channels) {
-  return torch::stable::empty({x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+  return torch::stable::empty({x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(),
+                              std::nullopt,
                               is_channels_last(x) ? torch::headeronly::MemoryFormat::ChannelsLast
                                                   : torch::headeronly::MemoryFormat::Contiguous);
 }

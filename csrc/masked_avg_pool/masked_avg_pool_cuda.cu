@@ -15,6 +15,7 @@
 //
 // Legend: B batch, M masks, C channels, N = H*W pixels; V elements of a 16-byte group, MN masks of one read.
 
+#include "common/cuda/arguments.cuh"
 #include "common/cuda/interpolation.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/reduce.cuh"
@@ -49,8 +50,6 @@ struct Sizes {
   int64_t length, pieces;        // of what is summed: pixels, channels
   float eps;
 };
-
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts `total` so that a sample with `tiles` tiles has about kBlocksPerSample blocks.
 void cut(Sizes& sizes, int64_t total, int64_t shortest, int64_t longest) {
@@ -622,26 +621,6 @@ void check_inputs(const Tensor& features, const Tensor& mask) {
                   ": float64 features are not supported on CUDA; use float32 or the reference");
 }
 
-void check_device(const Tensor& features, const Tensor& other, const char* name) {
-  STD_TORCH_CHECK(other.is_cuda() && other.get_device_index() == features.get_device_index(), kOp, ": ", name,
-                  " must be on the features' device");
-}
-
-// Calls f(type_tag<T>) with the storage type of the features.
-template <class F>
-void dispatch_features(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(type_tag<float>{});
-    case ScalarType::BFloat16:
-      return f(type_tag<bfloat16>{});
-    case ScalarType::Half:
-      return f(type_tag<float16>{});
-    default:
-      STD_TORCH_CHECK(false, kOp, ": unsupported dtype ", torch::headeronly::toString(dtype));
-  }
-}
-
 template <int N>
 using int_tag = std::integral_constant<int, N>;
 
@@ -652,29 +631,6 @@ void dispatch_masks(int64_t masks, F&& f) {
   if (masks == 2) return f(int_tag<2>{});
   if (masks <= 4) return f(int_tag<4>{});
   return f(int_tag<8>{});
-}
-
-template <class F>
-void dispatch_bool(bool value, F&& f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <class T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
-// Whether every row of the features starts on a 16-byte boundary.
-bool aligned_rows(const Rows& rows) {
-  const int64_t size = int64_t(rows.tensor.element_size());
-  return aligned(rows.tensor) && rows.stride_b * size % 16 == 0 && rows.stride_row * size % 16 == 0;
 }
 
 // target (B, M, ., .) from source (B, M, ., .) by R(source -> target), or by R(target -> source)^T.
@@ -709,7 +665,7 @@ void resize_images(const Tensor& source, const Tensor& target, const Resize& mod
 std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps,
                                                        std::string resize_name, bool align_corners) {
   check_inputs(features, mask);
-  check_device(features, mask, "mask");
+  check_device(kOp, "features", features, "mask", mask);
   const Resize mode = resize_mode(resize_name, align_corners);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cudaStream_t stream = current_stream(features);
@@ -729,7 +685,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor m
 
   const Rows rows = as_rows(features);
   Sizes sizes{batch, masks, channels, pixels, rows.stride_b, rows.stride_row, 1, 1, pixels, 1, float(eps)};
-  dispatch_features(dtype, [&](auto t) {
+  dispatch_features(dtype, kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     dispatch_masks(masks, [&](auto mn) {
       dispatch_bool(aligned_rows(rows) && (!rows.channels_last || channels % kGroup<T> == 0), [&](auto whole) {
@@ -762,7 +718,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor m
 // dL/dx (dense, planes or channels_last).
 void grad_features(Sizes sizes, const Tensor& grad, const Tensor& weights, const Tensor& area, const Tensor& out,
                    bool channels_last, cudaStream_t stream) {
-  dispatch_features(out.scalar_type(), [&](auto t) {
+  dispatch_features(out.scalar_type(), kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     const bool rows_aligned = (channels_last ? sizes.channels : sizes.pixels) % kGroup<T> == 0;
     dispatch_bool(rows_aligned && aligned(channels_last ? grad : weights) && aligned(out), [&](auto whole) {
@@ -789,7 +745,7 @@ void grad_features(Sizes sizes, const Tensor& grad, const Tensor& weights, const
 Tensor grad_weights(Sizes sizes, const Tensor& grad, const Rows& rows, const Tensor& weights, const Tensor& area,
                     cudaStream_t stream) {
   Tensor moments = empty(weights, {0}, ScalarType::Float);
-  dispatch_features(rows.tensor.scalar_type(), [&](auto t) {
+  dispatch_features(rows.tensor.scalar_type(), kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     dispatch_masks(sizes.masks, [&](auto mn) {
       const bool groups = !rows.channels_last || (sizes.channels % kGroup<T> == 0 && aligned(grad));
@@ -821,10 +777,10 @@ std::tuple<Tensor, Tensor> masked_avg_pool_bwd(Tensor grad, Tensor features, Ten
                                                double eps, std::string resize_name, bool align_corners,
                                                bool need_features, bool need_mask) {
   check_inputs(features, mask);
-  check_device(features, grad, "grad");
-  check_device(features, mask, "mask");
-  check_device(features, resized, "resized");
-  check_device(features, area, "area");
+  check_device(kOp, "features", features, "grad", grad);
+  check_device(kOp, "features", features, "mask", mask);
+  check_device(kOp, "features", features, "resized", resized);
+  check_device(kOp, "features", features, "area", area);
   const Resize mode = resize_mode(resize_name, align_corners);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cudaStream_t stream = current_stream(features);

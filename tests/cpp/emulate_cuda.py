@@ -32,7 +32,6 @@ def build(op: str, directory: Path) -> Path:
     text = (ROOT / "csrc" / op / f"{op}_cuda.cu").read_text()
     text = text.replace("STABLE_TORCH_LIBRARY_IMPL(fss_cpp, CUDA", "STABLE_TORCH_LIBRARY_IMPL(fss_emulated, CPU")
     text = re.sub(r"const torch::stable::accelerator::DeviceGuard guard\(.*\);", "", text)
-    text = text.replace("other.is_cuda() && ", "")
     source, library = directory / f"{op}.cpp", directory / f"{op}.so"
     source.write_text(text)
     torch_libraries = Path(torch.__file__).parent / "lib"

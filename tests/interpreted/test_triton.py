@@ -99,17 +99,64 @@ def test_strides_past_2_31():
     x = torch.empty(2 * large + 64, dtype=torch.float16).as_strided([1, 3, 4, 3], [1, large, 3, 1])
     values = torch.randn(1, 3, 4, 3).half()
     x.copy_(values)
-    mask = torch.rand(1, 1, 4, 3)
+    mask, kernels = torch.rand(1, 1, 4, 3), [torch.randn(1, 3, *size).half() for size in ((5, 5), (1, 3))]
     with fss_kernels.use_backend("triton"):
         assert torch.equal(fss_kernels.masked_avg_pool(x, mask), fss_kernels.masked_avg_pool(values, mask))
+        assert torch.equal(fss_kernels.dynamic_conv2d(x, kernels), fss_kernels.dynamic_conv2d(values, kernels))
+        for tensor in (x, values):
+            tensor.requires_grad_()
+        results = [
+            torch.autograd.grad(fss_kernels.dynamic_conv2d(t, [k.requires_grad_() for k in kernels]).sum(), kernels)
+            for t in (x, values)
+        ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
-def test_empty_batch_and_masks():
+def assert_empty(spec, sample, cut):
+    """No output elements and gradients without a value."""
+    tensors = {k: cut(t) for k, t in spec.cast(sample, torch.float32).items()}
+    names = testing.differentiable_names(spec, tensors)
+    with fss_kernels.use_backend("triton"):
+        outputs, grads = testing.gradients(spec.function, tensors, sample.options, names)
+    assert outputs[0].numel() == 0 and all(not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("spec", TRITON, ids=ids)
+def test_empty_batch(spec):
+    assert_empty(spec, next(iter(spec.samples())), lambda t: t[:0])
+
+
+def test_no_masks():
     spec = next(s for s in TRITON if s.name == "masked_avg_pool")
-    sample = sample_of(spec, "soft")
-    for cut in (lambda t: t[:0], lambda t: t[:, :0] if t.shape[1] == 2 else t):
-        tensors = {k: cut(t) for k, t in spec.cast(sample, torch.float32).items()}
-        names = testing.differentiable_names(spec, tensors)
-        with fss_kernels.use_backend("triton"):
-            outputs, grads = testing.gradients(spec.function, tensors, sample.options, names)
-        assert outputs[0].numel() == 0 and all(not g.any() for g in grads)
+    assert_empty(spec, sample_of(spec, "soft"), lambda t: t[:, :0] if t.shape[1] == 2 else t)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("sizes", [((5, 1), (3, 9), (1, 1), (1, 7), (7, 1)), ((1, 5),) * 3 + ((9, 1),)])
+def test_more_kernels_than_one_launch_takes(sizes, merge):
+    """Outputs, their gradients and merged taps of several launches; gradients of some of the inputs."""
+    spec = next(s for s in TRITON if s.name == "dynamic_conv2d")
+    tensors = {"x": torch.randn(2, 3, 7, 8)} | {f"k{i}": torch.randn(2, 3, *size) for i, size in enumerate(sizes)}
+    options = {"merge": merge}
+    wanted = testing.gradients(spec.reference, {k: t.double() for k, t in tensors.items()}, options, list(tensors))
+    with fss_kernels.use_backend("triton"):
+        for names in (list(tensors), ["x"], ["k1"], ["k3", "k0"], ["x", "k2"]):
+            outputs, grads = testing.gradients(spec.function, tensors, options, names)
+            torch.testing.assert_close(outputs[0].double(), wanted[0][0], rtol=1e-5, atol=1e-5)
+            for name, grad in zip(names, grads, strict=True):
+                torch.testing.assert_close(grad.double(), wanted[1][list(tensors).index(name)], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_nan_reaches_what_a_tap_covers(merge):
+    """A merged cross does not spread it to its bounding box; a weight of 0 does not stop it."""
+    from fss_kernels.ops.dynamic_conv2d import reference
+
+    x, kernels = torch.randn(1, 2, 9, 8), [torch.zeros(1, 2, 5, 1), torch.randn(1, 2, 1, 3)]
+    x[0, 1, 4, 4] = float("nan")
+    with fss_kernels.use_backend("triton"):
+        out = fss_kernels.dynamic_conv2d(x, kernels, merge=merge)
+    wanted = reference.dynamic_conv2d_reference(x, kernels, merge)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert out.isnan().sum() == (7 if merge else 8)

@@ -74,6 +74,7 @@ def _samples() -> Iterator[Sample]:
     yield _sample("many-pixels", (2, 3, 40, 37))
     yield _sample("many-pixels-merged", (2, 3, 37, 53), merge=True)
     yield _sample("many-rows", (1, 2, 150, 130))
+    yield _sample("wide", (1, 2, 6, 300))
     # more than 8 MB of outputs in half precision, planes that are not whole cache lines
     yield _sample("streamed", (3, 44, 127, 129), ((3, 1), (1, 3)), large=True)
 

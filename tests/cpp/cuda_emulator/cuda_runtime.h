@@ -20,6 +20,7 @@
 #define __device__
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
@@ -30,6 +31,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct EmulatedIndex {
   unsigned x, y, z;
 };
@@ -51,6 +56,9 @@ inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 inline int current = 0, order = 0;
+alignas(16) inline unsigned char shared[240 << 10];
+inline size_t shared_bytes = 0;
+constexpr size_t kGuardBytes = 1024;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated CUDA: %s in block %u\n", what, blockIdx.x);
@@ -118,7 +126,13 @@ inline void run(int64_t blocks, int threads, std::function<void()> kernel) {
   if (int(fibers.size()) < threads) fibers.resize(size_t(threads));
   for (int64_t b = 0; b < blocks; ++b) {
     blockIdx = {unsigned(b), 0, 0};
+    if (shared_bytes + kGuardBytes > sizeof(shared)) fail("too much shared memory");
+    std::memset(shared, 0xff, shared_bytes + kGuardBytes);
     run_block(threads);
+    const unsigned char* guard = shared + shared_bytes;
+    if (shared_bytes && std::any_of(guard, guard + kGuardBytes, [](unsigned char c) { return c != 0xff; })) {
+      fail("write past the shared memory");
+    }
   }
 }
 
