@@ -239,10 +239,10 @@ def gradients(
 
 def raw_backward(spec: Spec, results: Any, arguments: tuple[Any, ...], needs: Iterable[bool]) -> tuple[Any, ...]:
     """Arguments of the raw backward op: the forward's results stand for the gradients of its outputs; one flag a
-    tensor."""
+    tensor, false for those that only the raw op has."""
     op = spec.op
-    sizes, _ = op.flatten(arguments[: op.tensors])
-    flags = op.nest(sizes, list(needs))
+    sizes, flat = op.flatten(arguments[: op.tensors])
+    flags = op.nest(sizes, [*needs, *[False] * len(flat)][: len(flat)])
     tensors, options = arguments[: op.tensors], arguments[op.tensors :]
     return (*results[: op.outputs], *tensors, *results[op.outputs :], *options, *flags)
 

@@ -283,7 +283,7 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     assert command.main(["readme", "--check", "--file", str(file)]) == 1
     assert command.main(["readme", "--file", str(file)]) == 0
     text = file.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
     assert all(row.size in text for row in ROWS) and "| fastest peer |" in text
     assert command.main(["readme", "--check", "--file", str(file)]) == 0
     file.write_text("no markers")

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -175,14 +178,19 @@ def resources(compiled, target) -> dict[str, int]:
     return {"registers": found["REG"], "shared": compiled.metadata.shared, "spills": found["STACK"] + found["LOCAL"]}
 
 
+def compile_one(target_name: str, index: int) -> tuple[str, dict[str, int]]:
+    """Name and resources of one variant."""
+    target, (kernel, id, pointers, constants) = TARGETS[target_name], list(variants())[index]
+    source = ASTSource(kernel, signature(kernel, pointers, constants), constants)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True})
+    return f"{kernel.__name__}[{id}]", resources(compiled, target)
+
+
 def compile_all(target_name: str) -> dict[str, dict[str, int]]:
-    """Kernel variant -> resources."""
-    target, table = TARGETS[target_name], {}
-    for kernel, id, pointers, constants in variants():
-        source = ASTSource(kernel, signature(kernel, pointers, constants), constants)
-        compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True})
-        table[f"{kernel.__name__}[{id}]"] = resources(compiled, target)
-    return table
+    """Kernel variant -> resources, compiled in as many processes as there are processors."""
+    count = len(list(variants()))
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        return dict(pool.map(compile_one, [target_name] * count, range(count), chunksize=4))
 
 
 @pytest.mark.parametrize("target", TARGETS)
