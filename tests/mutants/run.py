@@ -45,6 +45,8 @@ def _catch(patch: Path, directory: Path) -> str | None:
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
     tests = [*TESTS, *LATER]
+    if patch != CONTROL:  # other ops' cases are not about this fault; these two files have tests without an op's name
+        tests += ["-k", f"{patch.parent.name} or test_gradients or test_offsets"]
     if "triton_kernels" in first_line:
         environment["TRITON_INTERPRET"] = "1"
         tests = ["tests/interpreted"]
