@@ -18,6 +18,7 @@
 //
 // Legend: B batch, P prototypes, C channels, N = H*W pixels; V elements of an access, PN prototypes of one read.
 
+#include "common/cuda/arguments.cuh"
 #include "common/cuda/launch.cuh"
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/vectors.cuh"
@@ -42,8 +43,6 @@ struct Sizes {
   float scale, eps;
   bool add;
 };
-
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Task {  // of a block
   int64_t tile, piece, group, b;
@@ -434,26 +433,6 @@ void check_inputs(const Tensor& features, const Tensor& prototypes, const std::s
                   ": float64 features are not supported on CUDA; use float32 or the reference");
 }
 
-void check_device(const Tensor& features, const Tensor& other, const char* name) {
-  STD_TORCH_CHECK(other.is_cuda() && other.get_device_index() == features.get_device_index(), kOp, ": ", name,
-                  " must be on the features' device");
-}
-
-// Calls f(type_tag<T>) with the storage type of the features.
-template <class F>
-void dispatch_features(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(type_tag<float>{});
-    case ScalarType::BFloat16:
-      return f(type_tag<bfloat16>{});
-    case ScalarType::Half:
-      return f(type_tag<float16>{});
-    default:
-      STD_TORCH_CHECK(false, kOp, ": unsupported dtype ", torch::headeronly::toString(dtype));
-  }
-}
-
 template <int N>
 using int_tag = std::integral_constant<int, N>;
 
@@ -465,29 +444,11 @@ void dispatch_prototypes(int64_t prototypes, F&& f) {
   return f(int_tag<8>{});
 }
 
-template <class F>
-void dispatch_bool(bool value, F&& f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <class T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-bool aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
 // Whether every row of the features starts on a 16-byte boundary and is whole 16-byte groups.
 bool whole_rows(const Rows& rows) {
   const int64_t size = int64_t(rows.tensor.element_size());
   const int64_t columns = rows.channels_last ? rows.tensor.size(1) : rows.tensor.size(2) * rows.tensor.size(3);
-  return aligned(rows.tensor) && rows.stride_b * size % 16 == 0 && rows.stride_row * size % 16 == 0 &&
-         columns * size % 16 == 0;
+  return aligned_rows(rows) && columns * size % 16 == 0;
 }
 
 Sizes make_sizes(const Rows& rows, const Tensor& prototypes, double scale, double eps, const std::string& eps_mode) {
@@ -513,7 +474,7 @@ int64_t blocks(const Sizes& s) { return s.batch * s.groups * s.pieces * s.tiles;
 std::tuple<Tensor, Tensor, Tensor> prototype_cosine_fwd(Tensor features, Tensor prototypes, double scale, double eps,
                                                         std::string eps_mode) {
   check_inputs(features, prototypes, eps_mode);
-  check_device(features, prototypes, "prototypes");
+  check_device(kOp, "features", features, "prototypes", prototypes);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cudaStream_t stream = current_stream(features);
   const int64_t batch = features.size(0), count = prototypes.size(1), height = features.size(2),
@@ -529,7 +490,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_cosine_fwd(Tensor features, Tensor 
   const Rows rows = as_rows(features);
   const Tensor weights = torch::stable::contiguous(prototypes);
   Sizes sizes = make_sizes(rows, weights, scale, eps, eps_mode);
-  dispatch_features(features.scalar_type(), [&](auto t) {
+  dispatch_features(features.scalar_type(), kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     dispatch_prototypes(count, [&](auto pn) {
       dispatch_bool(whole_rows(rows) && aligned(weights), [&](auto whole) {
@@ -549,7 +510,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_cosine_fwd(Tensor features, Tensor 
 // dL/dw, from k.
 void grad_to_prototypes(Sizes sizes, const Rows& rows, const Tensor& weights, const Tensor& k, const Tensor& out,
                         cudaStream_t stream) {
-  dispatch_features(out.scalar_type(), [&](auto t) {
+  dispatch_features(out.scalar_type(), kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     dispatch_prototypes(sizes.prototypes, [&](auto pn) {
       dispatch_bool(whole_rows(rows), [&](auto whole) {
@@ -577,10 +538,10 @@ std::tuple<Tensor, Tensor> prototype_cosine_bwd(Tensor grad, Tensor features, Te
                                                 Tensor norms, double scale, double eps, std::string eps_mode,
                                                 bool need_features, bool need_prototypes) {
   check_inputs(features, prototypes, eps_mode);
-  check_device(features, grad, "grad");
-  check_device(features, prototypes, "prototypes");
-  check_device(features, cosines, "cosines");
-  check_device(features, norms, "norms");
+  check_device(kOp, "features", features, "grad", grad);
+  check_device(kOp, "features", features, "prototypes", prototypes);
+  check_device(kOp, "features", features, "cosines", cosines);
+  check_device(kOp, "features", features, "norms", norms);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
   const cudaStream_t stream = current_stream(features);
   const ScalarType dtype = features.scalar_type();
@@ -602,7 +563,7 @@ std::tuple<Tensor, Tensor> prototype_cosine_bwd(Tensor grad, Tensor features, Te
   const Tensor k = empty(features, {batch, count, sizes.pixels}, ScalarType::Float);
   const Tensor slopes = empty(features, {batch, sizes.pixels}, ScalarType::Float);
   const Tensor units = empty(features, {need_features ? sizes.sets : 0, count, sizes.channels}, ScalarType::Float);
-  dispatch_features(dtype, [&](auto t) {
+  dispatch_features(dtype, kOp, [&](auto t) {
     using T = typename decltype(t)::type;
     sizes.tiles = ceil_div(sizes.pixels, kThreads);
     const int64_t of_prototypes = need_features ? sizes.sets * count : 0;
