@@ -64,9 +64,10 @@ def run(
     path = Path(out) if out else RESULTS / f"{environment.machine_slug()}.json"
     rounds = min(rounds, 3) if quick else rounds
     threads = environment.cores()
-    plan = measure.Plan(
-        tuple(ops or known), tuple(dtypes), tuple(sizes), tuple(exclude), quick, tiny, rounds, repeats, seed, threads
-    )
+    metrics = (line["metric"].partition(":") for line in targets.load())
+    named = tuple(sorted({name for kind, _, name in metrics if kind == "peer"} - {"fastest"}))
+    chosen = (tuple(names) for names in (ops or known, dtypes, sizes, exclude))
+    plan = measure.Plan(*chosen, quick, tiny, named, rounds, repeats, seed, threads)
     # set before the process starts: the allocator and OpenMP read them once
     env = {**os.environ, **environment.ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:

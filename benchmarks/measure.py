@@ -32,6 +32,8 @@ MODES = ("forward", "forward+backward")
 QUICK_BYTES = 64 << 20  # a quick run has the sizes that move at most this much in a forward call
 # A peer further from float64 than this, relative to the largest element, does not compute the same thing.
 SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
+# A peer this many times slower than the fastest one sits out after the first rounds: it decides nothing.
+SLOW_PEER, FIRST_ROUNDS = 2.0, 3
 # Measurement noise: a ceiling and an op are timed milliseconds apart, not at once.
 ROOF_SLACK = 1.03
 
@@ -46,6 +48,7 @@ class Plan:
     exclude: tuple[str, ...] = ()  # shell patterns of peers to leave out
     quick: bool = False
     tiny: bool = False  # every number of a size becomes its square root
+    named: tuple[str, ...] = ()  # peers that a bound names: they never sit out
     rounds: int = 10  # interleaved visits of every provider
     repeats: int = 3  # timed calls a visit
     seed: int = 0
@@ -387,6 +390,13 @@ class Session:
             self.close_row()
             self.prepared = Prepared(row, self.usable[row.op])
         return self.prepared
+
+    def sits_out(self, visit: Visit) -> bool:
+        """Whether a peer is so much slower than another one that three rounds of it are enough."""
+        if visit.round < FIRST_ROUNDS or visit.provider in (OURS, *self.plan.named):
+            return False
+        peers = {n: np.median([*v.values()]) for n, v in self.samples.items() if n != OURS and ":" not in n}
+        return bool(visit.provider in peers and peers[visit.provider] > SLOW_PEER * min(peers.values()))
 
     def record(self, visit: Visit, seconds: list[float]) -> None:
         """Adds the timed calls of one visit."""

@@ -155,6 +155,15 @@ def test_providers_take_turns():
     assert len({tuple(order) for order in rounds}) > 1
 
 
+def test_far_slower_peers_sit_out():
+    session = measure.Session.__new__(measure.Session)
+    session.plan = measure.Plan(OPS, named=("bound",))
+    seconds = {measure.OURS: 0.1, "ceiling:read": 0.01, "fast": 1.0, "close": 1.9, "slow": 2.1, "bound": 9.0}
+    session.samples = {name: {n: [s] * 3 for n in range(3)} for name, s in seconds.items()}
+    for n, out in ((2, set()), (3, {"slow"})):
+        assert {name for name in seconds if session.sits_out(measure.Visit(ROWS[0], n, name))} == out
+
+
 def test_extra_bytes_are_exact():
     x = torch.ones(1000)
 

@@ -1,13 +1,15 @@
 """Applies every planted fault to a copy of the project and runs the tests on it: each must be caught.
 
-    python tests/mutants/run.py [name ...]        (make mutants)
+    python tests/mutants/run.py [name or op ...]        (make mutants)
 
 A mutant is a patch under tests/mutants/<op>/. Prints the test that caught it; exits non-zero when one survives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -21,37 +23,56 @@ from rich.table import Table
 from tqdm.contrib.concurrent import thread_map
 
 ROOT = Path(__file__).parents[2]
-CONTROL = Path("control")  # no fault at all: everything must pass, or every fault would be "caught"
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
 
 
-def catch(patch: Path) -> str | None:
-    """The id of the first test that fails on the mutant, or None."""
-    with tempfile.TemporaryDirectory() as directory:
-        return _catch(patch, Path(directory))
-
-
-def _catch(patch: Path, directory: Path) -> str | None:
+def prepare(directory: str) -> Path:
+    """A copy of the project with its compiled library: a fault then rebuilds only the sources it touches."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "report", "__pycache__", ".*_cache")
-    copy = directory / "project"
+    copy = Path(directory, "project")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    if patch != CONTROL:
-        subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
-    environment = os.environ | {"PYTHONPATH": str(copy), "FSS_KERNELS_BUILD": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
-    first_line = patch.read_text().partition("\n")[0] if patch != CONTROL else "csrc/"
-    if "csrc/" in first_line:
-        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=copy, env=environment, check=True, capture_output=True)
-    tests = [*TESTS, *LATER]
-    if patch != CONTROL:  # other ops' cases are not about this fault; these two files have tests without an op's name
-        tests += ["-k", f"{patch.parent.name} or test_gradients or test_offsets"]
-    if "triton_kernels" in first_line:
-        environment["TRITON_INTERPRET"] = "1"
-        tests = ["tests/interpreted"]
+    build(copy)
+    return copy
+
+
+def environment(copy: Path) -> dict[str, str]:
+    """For a process that uses the copy, one of as many as there are processors."""
+    own = {"PYTHONPATH": str(copy), "FSS_KERNELS_BUILD": "cpu", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | own
+
+
+def build(copy: Path) -> None:
+    """The CPU library of the copy."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=copy, env=environment(copy), check=True, capture_output=True)
+
+
+def catch(patch: Path, copy: Path) -> str | None:
+    """The id of the first test that fails on the mutant, or None."""
+    subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
+    try:
+        first_line = patch.read_text().partition("\n")[0]
+        if "csrc/" in first_line:
+            build(copy)
+        if "triton_kernels" in first_line:
+            return failure(copy, ["tests/interpreted"], interpreted=True)
+        return failure(copy, [*TESTS, *LATER, "-k", selection({patch.parent.name})])
+    finally:
+        subprocess.run(["patch", "-p1", "-s", "-R", "-i", patch], cwd=copy, check=True)
+
+
+def selection(ops: set[str]) -> str:
+    """Other ops' cases are not about a fault; two files have tests without an op's name."""
+    return " or ".join([*sorted(ops), "test_gradients", "test_offsets"])
+
+
+def failure(copy: Path, tests: list[str], interpreted: bool = False) -> str | None:
+    """The first test that fails in the copy, or None."""
+    own = environment(copy) | ({"TRITON_INTERPRET": "1"} if interpreted else {})
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    result = subprocess.run(pytest, cwd=copy, env=environment, capture_output=True, text=True)
+    result = subprocess.run(pytest, cwd=copy, env=own, capture_output=True, text=True)
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if result.returncode not in (0, 1) or (result.returncode == 1 and not failed):
         crashed = -result.returncode in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -60,19 +81,35 @@ def _catch(patch: Path, directory: Path) -> str | None:
 
 
 def main(names: list[str]) -> int:
-    """Runs the mutants of those names, or all."""
-    patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or p.stem in names)
-    if (failed := catch(CONTROL)) is not None:
-        print(f"mutants: the tests fail without any fault: {failed}")
-        return 1
+    """Runs the mutants of those names or ops, or all."""
+    patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or {p.stem, p.parent.name} & {*names})
+    with contextlib.ExitStack() as stack:
+        workers = min(os.cpu_count() or 1, len(patches))
+        directories = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(workers)]
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for copy in thread_map(prepare, directories, max_workers=workers, desc="copies"):
+            copies.put(copy)
+        # no fault at all: everything must pass, or every fault would be "caught"
+        copy = copies.get()
+        failed = failure(copy, [*TESTS, *LATER, "-k", selection({p.parent.name for p in patches})])
+        if failed is not None:
+            print(f"mutants: the tests fail without any fault: {failed}")
+            return 1
+        copies.put(copy)
+
+        def run(patch: Path) -> str | None:
+            copy = copies.get()
+            try:
+                return catch(patch, copy)
+            finally:
+                copies.put(copy)
+
+        results = thread_map(run, patches, max_workers=workers, desc="mutants")
     table = Table("op", "planted fault", "caught by")
-    survived = 0
-    for patch, caught in zip(
-        patches, thread_map(catch, patches, max_workers=os.cpu_count(), desc="mutants"), strict=True
-    ):
-        survived += caught is None
+    for patch, caught in zip(patches, results, strict=True):
         table.add_row(patch.parent.name, patch.stem, escape(caught) if caught else "[red]SURVIVED[/red]")
     Console(width=180).print(table)
+    survived = results.count(None)
     print(f"mutants: {len(patches)} planted, {len(patches) - survived} caught, {survived} survived")
     return 1 if survived or not patches else 0
 
