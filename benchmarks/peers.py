@@ -5,6 +5,7 @@ A peer is called exactly as the op. Its builder may compile; it sees the size's 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -371,21 +372,32 @@ def _cosine_bmm(query: Tensor, support: Tensor, mask: Tensor | None = None, eps:
     return product.view(*query.shape[:1], *query.shape[2:], *support.shape[2:])
 
 
-@peer("hypercorrelation", "hsnet", "passes over the output twice and multiplies masked-out pixels")
-def _(tensors, options):
-    return _hsnet
+def _stacked(layer: Function) -> Function:
+    """Of a layer's correlation: the same call as the op's, for one layer or, with ``levels``, stacked as HSNet does."""
+
+    def run(*tensors: Tensor, levels: tuple[int, ...] | None = None) -> Any:
+        if levels is None:
+            return layer(*tensors)
+        n = sum(levels)
+        layers = [layer(q, s, *tensors[2 * n :]) for q, s in zip(tensors[:n], tensors[n : 2 * n], strict=True)]
+        starts = itertools.pairwise(itertools.accumulate(levels, initial=0))
+        return [torch.stack(layers[i:j]).transpose(0, 1).contiguous() for i, j in starts]
+
+    return run
 
 
-@peer("hypercorrelation", "cosine-bmm", "copies both operands, keeps the output for the gradient, no zero or NaN rule")
-def _(tensors, options):
-    return _cosine_bmm
+_CORRELATIONS: dict[str, tuple[Function, str]] = {
+    "hsnet": (_hsnet, "passes over the output several times and multiplies masked-out pixels"),
+    "cosine-bmm": (_cosine_bmm, "copies both operands, keeps the output for the gradient, no zero or NaN rule"),
+}
 
 
-@peer("hypercorrelation", "compile(hsnet)", "needs seconds of compilation per shape and has no zero or NaN rule")
-def _(tensors, options):
-    return compiled(_hsnet)
+def _register_correlations() -> None:
+    for name, (layer, cannot) in _CORRELATIONS.items():
+        peer("hypercorrelation", name, cannot)(lambda tensors, options, f=layer: _stacked(f))
+        peer("hypercorrelation", f"compile({name})", f"{cannot}; needs seconds of compilation per shape")(
+            lambda tensors, options, f=layer: compiled(_stacked(f))
+        )
 
 
-@peer("hypercorrelation", "compile(cosine-bmm)", "needs seconds of compilation per shape and has no zero or NaN rule")
-def _(tensors, options):
-    return compiled(_cosine_bmm)
+_register_correlations()

@@ -94,12 +94,29 @@ def same_channels(op: str, name: str, value: torch.Tensor, other_name: str, othe
         raise ValueError(f"{op}: {name} must have the channels of {other_name}, {other.shape[1]}, got {value.shape[1]}")
 
 
-def sequence(op: str, name: str, value: Any, what: str) -> None:
+def sequence(op: str, name: str, value: Any, what: str, expected: str = "a sequence of torch.Tensor") -> None:
     """A list or tuple with at least one element."""
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor or a sequence of them, got {type(value).__name__}")
+        raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
     if not value:
         raise ValueError(f"{op}: {name} must hold at least one {what}, got none")
+
+
+def partition(op: str, name: str, value: Any, of: str, total: int) -> None:
+    """A sequence of counts >= 1 that add up to the length of another argument."""
+    sequence(op, name, value, "count", "a sequence of int")
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in value):
+        raise TypeError(f"{op}: {name} must be a sequence of int, got {value!r}")
+    if min(value) < 1 or sum(value) != total:
+        raise ValueError(f"{op}: {name} must be counts >= 1 that add up to {total}, the length of {of}, got {value!r}")
+
+
+def same_grid(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both feature tensors have the same height and width."""
+    if value.shape[2:] != other.shape[2:]:
+        raise ValueError(
+            f"{op}: {name} must have the grid of {other_name}, {tuple(other.shape[2:])}, got {tuple(value.shape[2:])}"
+        )
 
 
 def odd(op: str, name: str, sizes: Sequence[int], largest: int) -> None:

@@ -182,6 +182,8 @@ class Op:
 
         def run(*args: Any) -> Any:
             backend, features = _forced.get(), args[position]
+            if 0 in self.lists:
+                features = features[0]
             if backend is None:
                 backend = self.default_backend(device, features)
             elif (reason := self.why_not(backend, device, features.dtype)) is not None:

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fss_kernels.ops import dynamic_conv2d, hypercorrelation, masked_avg_pool, prototype_cosine
+from fss_kernels.ops import (
+    dynamic_conv2d,
+    hypercorrelation,
+    hypercorrelation_pyramid,
+    masked_avg_pool,
+    prototype_cosine,
+)
 
 
 class Hypercorrelation(nn.Module):
@@ -29,6 +35,33 @@ class Hypercorrelation(nn.Module):
     def extra_repr(self) -> str:
         """The options, for printing."""
         return f"eps={self.eps}, eps_mode={self.eps_mode!r}, clamp={self.clamp}"
+
+
+class HypercorrelationPyramid(nn.Module):
+    """`fss_kernels.hypercorrelation_pyramid` with its levels and options fixed.
+
+    Example:
+        >>> import torch
+        >>> layers = [torch.ones(1, 8, 4, 4), torch.ones(1, 16, 2, 2)]
+        >>> [level.shape for level in HypercorrelationPyramid((1, 1))(layers, layers)]
+        [torch.Size([1, 1, 4, 4, 4, 4]), torch.Size([1, 1, 2, 2, 2, 2])]
+    """
+
+    def __init__(self, levels: Sequence[int], *, eps: float = 1e-5, eps_mode: str = "add", clamp: bool = True) -> None:
+        super().__init__()
+        self.levels, self.eps, self.eps_mode, self.clamp = tuple(levels), eps, eps_mode, clamp
+
+    def forward(
+        self, queries: Sequence[Tensor], supports: Sequence[Tensor], mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """N layers (B, C, Ha, Wa) and (B, C, Hb, Wb) and mask (B, h, w) to one (B, L, Ha, Wa, Hb, Wb) a level."""
+        return hypercorrelation_pyramid(
+            queries, supports, mask, levels=self.levels, eps=self.eps, eps_mode=self.eps_mode, clamp=self.clamp
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"levels={self.levels}, eps={self.eps}, eps_mode={self.eps_mode!r}, clamp={self.clamp}"
 
 
 class MaskedAvgPool(nn.Module):

@@ -80,22 +80,22 @@ def prototype_cosine(k):
 
 
 def hypercorrelation(k):
-    for x in ("fp32", "bf16", "fp16"):
-        pointers = {"x_ptr": x, "query_ptr": x, "support_ptr": x, "grad_ptr": x, "out_ptr": x, "signs_ptr": "u8"}
-        for add in (True, False):
-            for known in (True, False):
-                blocks = {"HAS_NORMS": known, "ADD": add, "BLOCK_C": 32, "BLOCK_N": 64}
-                yield k.scale_kernel, f"{x}-{'add' if add else 'clamp'}-{'known' if known else 'new'}", pointers, blocks
-            blocks = {"ADD": add, "BLOCK_C": 32, "BLOCK_N": 32}
-            yield k.finish_kernel, f"{x}-{'add' if add else 'clamp'}", pointers, blocks
-        for clamp in (True, False):
-            name = f"{x}-{'clamp' if clamp else 'signed'}"
-            tile = k.TILE if x == "fp32" else k.HALF_TILE
-            yield k.correlate_kernel, name, pointers, {"CLAMP": clamp, "WIDEN": False, **tile}
-            for query in (True, False):
-                side = "query" if query else "support"
-                options = {"OF_QUERY": query, "CLAMP": clamp, **k.TILE}
-                yield k.product_kernel, f"{name}-{side}", pointers, options
+    for x in DTYPES:
+        for last in (False, True):
+            for clamp in (True, False):
+                name = f"{x}-{'last' if last else 'planes'}-{'clamp' if clamp else 'signed'}"
+                pointers = {**dict.fromkeys(("x_ptr", "grad_ptr", "out_ptr"), x), "signs_ptr": "u8"}
+                for layers in (1, 6) if x == "bf16" and not last else (1,):
+                    lists = {"queries_ptr": (x,) * layers, "supports_ptr": (x,) * layers, "channels": layers}
+                    options = {"LAYERS": layers, "QUERY_LAST": last, "SUPPORT_LAST": last, "ADD": clamp, "CLAMP": clamp}
+                    tile = k.TILE if x == "fp32" else k.HALF_TILE
+                    id = f"{name}-{layers}"
+                    yield k.level_kernel, id, {**pointers, **lists}, {**options, "WIDEN": False, **tile}
+                for query in (True, False):
+                    options = {"OF_QUERY": query, "LAST": last, "ADD": clamp, "CLAMP": clamp, **k.PRODUCT_TILE}
+                    yield k.product_kernel, f"{name}-{'query' if query else 'support'}", pointers, options
+                options = {"WEIGHTED": clamp, "LAST": last, "ADD": clamp, "BLOCK_C": 32, "BLOCK_N": 32}
+                yield k.finish_kernel, name, pointers, options
 
 
 def dynamic_conv2d(k):
@@ -150,6 +150,10 @@ def signature(kernel, pointers, constants):
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
+        elif isinstance(pointers.get(name), tuple):
+            types[name] = tuple(POINTER + p for p in pointers[name])
+        elif name in pointers and not name.endswith("_ptr"):
+            types[name] = (INTEGER,) * pointers[name]
         elif name.endswith("_ptr"):
             types[name] = POINTER + pointers.get(name, "fp32")
         else:

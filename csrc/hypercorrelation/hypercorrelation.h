@@ -42,7 +42,7 @@ struct Args {
   int64_t out_stride_b;
   bool stream;       // write out past the caches
   uint8_t* signs;    // (B, Na, ceil(Nb / 8)), bit j % 8 of byte j / 8: out is above 0 or NaN; nullptr unless `clamp`
-  const void* grad;  // gradient of out, dense
+  const void* grad;  // gradient of out, strides of out
   int64_t first;     // the samples [first, first + samples) whose operands are in `packed`
   int64_t samples;
   void* packed;
@@ -483,7 +483,7 @@ void gradients(const Args& a, int64_t begin, int64_t end) {
       if (!any) continue;
       for (int64_t strip = 0; strip < strips; ++strip) {
         const int64_t first = n + strip * W;
-        const LiveGradient<T> source{static_cast<const T*>(a.grad) + b * a.query.pixels * a.support.pixels,
+        const LiveGradient<T> source{static_cast<const T*>(a.grad) + b * a.out_stride_b,
                                      a.support.pixels,
                                      a.signs == nullptr ? nullptr : a.signs + b * a.query.pixels * sign_bytes(a),
                                      sign_bytes(a),

@@ -2,5 +2,6 @@
 
 from fss_kernels.ops.dynamic_conv2d import dynamic_conv2d as dynamic_conv2d
 from fss_kernels.ops.hypercorrelation import hypercorrelation as hypercorrelation
+from fss_kernels.ops.hypercorrelation import hypercorrelation_pyramid as hypercorrelation_pyramid
 from fss_kernels.ops.masked_avg_pool import masked_avg_pool as masked_avg_pool
 from fss_kernels.ops.prototype_cosine import prototype_cosine as prototype_cosine

@@ -1,7 +1,9 @@
 """hypercorrelation against independent definitions: loops, HSNet's formula, numbers done by hand, its edge rules."""
 
+import inspect
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fss_kernels
-from fss_kernels import hypercorrelation, testing
+from fss_kernels import hypercorrelation, hypercorrelation_pyramid, testing
 from fss_kernels.ops.hypercorrelation import reference
 
 BACKENDS = ["reference", "cpp"]
@@ -263,7 +265,7 @@ def test_the_mask_is_a_constant(backend):
     mask = torch.rand(1, 4, 5, dtype=torch.float64, requires_grad=True)
     hypercorrelation(query, support, mask).sum().backward()
     assert mask.grad is None and query.grad is not None
-    arguments = query, support, mask, 1e-5, "add", True
+    arguments = [query], [support], mask, 1e-5, "add", True
     with pytest.raises(RuntimeError):  # the raw op says so instead of returning 0
         torch.ops.fss.hypercorrelation_fwd(*arguments)[0].sum().backward()
 
@@ -291,12 +293,12 @@ def test_autocast_takes_the_wider_dtype(backend):
 def test_signs(backend, columns):
     """One bit an output, rows of whole bytes, padded with 0."""
     query, support = lattice(2, 6, 3, 5), lattice(2, 6, 1, columns)
-    out, *_, signs = torch.ops.fss.hypercorrelation_fwd(query, support, torch.ones(2, 1, 1), 1e-5, "add", True)
-    assert signs.shape == (2, 15, -(-columns // 8)) and signs.dtype == torch.uint8
-    assert torch.equal(reference.unpack_bits(signs, columns), out.view(2, 15, columns) > 0)
-    assert torch.equal(signs, reference.pack_bits(out.view(2, 15, columns) > 0))
-    *_, signs = torch.ops.fss.hypercorrelation_fwd(query, support, torch.ones(2, 1, 1), 1e-5, "add", False)
-    assert signs.shape == (2, 15, 0)
+    out, *_, signs = torch.ops.fss.hypercorrelation_fwd([query], [support], torch.ones(2, 1, 1), 1e-5, "add", True)
+    assert signs.shape == (1, 2, 15, -(-columns // 8)) and signs.dtype == torch.uint8
+    assert torch.equal(reference.unpack_bits(signs[0], columns), out.view(2, 15, columns) > 0)
+    assert torch.equal(signs[0], reference.pack_bits(out.view(2, 15, columns) > 0))
+    *_, signs = torch.ops.fss.hypercorrelation_fwd([query], [support], torch.ones(2, 1, 1), 1e-5, "add", False)
+    assert signs.shape == (1, 2, 15, 0)
 
 
 @pytest.mark.parametrize("channels", [512, 1100, 2048])
@@ -358,16 +360,137 @@ def test_module():
 
 
 def test_raw_backward_checks_its_arguments():
-    query, support, mask = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 2, 5), torch.ones(1, 1, 1)
+    layers = [torch.randn(1, 3, 4, 4)], [torch.randn(1, 3, 2, 5)], torch.ones(1, 1, 1)
     options = (0.1, "add", True)
-    out, *saved = torch.ops.fss.hypercorrelation_fwd(query, support, mask, *options)
+    out, *saved = torch.ops.fss.hypercorrelation_fwd(*layers, *options)
     for grad, statistics in (
         (out.double(), saved),
-        (out[:, :1], saved),
-        (out, [saved[0][:, :2], *saved[1:]]),
+        (out[:, :, :1], saved),
+        (out[:, 0], saved),
+        (out, [saved[0][:, :, :2], *saved[1:]]),
         (out, [saved[0], saved[1].double(), *saved[2:]]),
         (out, [*saved[:3], saved[3][..., :1]]),
         (out, [*saved[:3], saved[3].int()]),
     ):
         with pytest.raises(RuntimeError, match=r"hypercorrelation: (grad|norms|signs)"):
-            torch.ops.fss_cpp.hypercorrelation_bwd(grad, query, support, mask, *statistics, *options, True, True, False)
+            torch.ops.fss_cpp.hypercorrelation_bwd(grad, *layers, *statistics, *options, [True], [True], False)
+    with pytest.raises(RuntimeError, match="one flag a layer"):
+        torch.ops.fss_cpp.hypercorrelation_bwd(out, *layers, *saved, *options, [True, True], [True], False)
+
+
+# ---- the pyramid ----------------------------------------------------------------------------------------------------
+
+GRIDS = (((5, 4), (3, 7), (6, 2, 9)), ((3, 2), (4, 5), (11,)), ((1, 1), (2, 3), (40, 3)))  # query, support, channels
+LEVELS = (3, 1, 2)
+
+
+def pyramid_layers(dtype=torch.float64):
+    queries = [lattice(2, c, *grid, dtype=dtype) for grid, _, channels in GRIDS for c in channels]
+    supports = [lattice(2, c, *grid, dtype=dtype) for _, grid, channels in GRIDS for c in channels]
+    return queries, supports
+
+
+def hsnet_pyramid(queries, supports, mask, levels, eps=1e-5):
+    """HSNet's `multilayer_correlation`: layer after layer, then stacked by level and turned to batch first."""
+    layers = [hsnet(q, s, mask, eps) for q, s in zip(queries, supports, strict=True)]
+    starts = list(itertools.accumulate(levels, initial=0))
+    return [torch.stack(layers[i:j]).transpose(0, 1).contiguous() for i, j in itertools.pairwise(starts)]
+
+
+@pytest.mark.parametrize("memory_format", MEMORY_FORMATS, ids=["planes", "channels_last"])
+def test_pyramid_equals_hsnet(backend, memory_format):
+    """Values and every layer's gradients; layers of one level with channels of their own."""
+    queries, supports = pyramid_layers()
+    mask = torch.rand(2, 9, 8, dtype=torch.float64) + 0.1
+    leaves = [x.to(memory_format=memory_format).requires_grad_() for x in (*queries, *supports)]
+    n = len(queries)
+    ours = hypercorrelation_pyramid(leaves[:n], leaves[n:], mask, levels=LEVELS)
+    plain = [x.detach().clone().requires_grad_() for x in leaves]
+    wanted = hsnet_pyramid(plain[:n], plain[n:], mask, LEVELS)
+    assert [tuple(x.shape) for x in ours] == [
+        (2, count, *a, *b) for count, (a, b, _) in zip(LEVELS, GRIDS, strict=True)
+    ]
+    for x, y in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+    seeds = [torch.randn(x.shape, dtype=torch.float64) for x in ours]
+    for x, y in zip(torch.autograd.grad(ours, leaves, seeds), torch.autograd.grad(wanted, plain, seeds), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+def test_pyramid_equals_single_layers_bit_for_bit(backend):
+    queries, supports = pyramid_layers(torch.float32)
+    mask = torch.rand(2, 9, 8)
+    levels = hypercorrelation_pyramid(queries, supports, mask, levels=LEVELS, eps_mode="clamp", clamp=False, eps=0.1)
+    layers = [layer for level in levels for layer in level.unbind(1)]
+    for layer, q, s in zip(layers, queries, supports, strict=True):
+        assert torch.equal(layer, hypercorrelation(q, s, mask, eps_mode="clamp", clamp=False, eps=0.1))
+
+
+def test_pyramid_computes_only_wanted_gradients(backend, recorded_ops):
+    queries, supports = pyramid_layers(torch.float32)
+    queries[1].requires_grad_()
+    supports[2].requires_grad_()
+    with recorded_ops() as recorder:
+        sum(level.sum() for level in hypercorrelation_pyramid(queries, supports, levels=LEVELS)).backward()
+    forwards = [name for name, _ in recorder.calls if name.endswith("_fwd")]
+    flags = [args[-3:] for name, args in recorder.calls if name.endswith("_bwd")]
+    assert len(forwards) == 3 and flags == [([False, True, False], [False, False, True], False)]
+    for i in range(len(queries)):
+        assert (queries[i].grad is not None) == (i == 1) and (supports[i].grad is not None) == (i == 2)
+
+
+def test_pyramid_of_one_dtype_under_autocast(backend):
+    queries, supports = pyramid_layers(torch.float32)
+    supports[1] = supports[1].bfloat16()
+    with pytest.raises(TypeError, match=r"pyramid: supports\[1\] must have the dtype of queries\[0\]"):
+        hypercorrelation_pyramid(queries, supports, levels=LEVELS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert {x.dtype for x in hypercorrelation_pyramid(queries, supports, levels=LEVELS)} == {torch.float32}
+
+
+def test_pyramid_compiles():
+    queries, supports = pyramid_layers(torch.float32)
+    wanted = hypercorrelation_pyramid(queries, supports, levels=LEVELS)
+    compiled = torch.compile(lambda q, s: hypercorrelation_pyramid(q, s, levels=LEVELS), fullgraph=True)
+    for x, y in zip(compiled(queries, supports), wanted, strict=True):
+        assert torch.equal(x, y)
+
+
+COUNTS = "levels must be counts >= 1 that add up to"
+Q, S = torch.ones(2, 3, 4, 4), torch.ones(2, 3, 5, 4)
+
+
+@pytest.mark.parametrize(
+    "error, message, queries, supports, levels",
+    [
+        (TypeError, "queries must be a sequence of torch.Tensor, got Tensor", Q, [S], (1,)),
+        (ValueError, "queries must hold at least one layer, got none", [], [], ()),
+        (ValueError, "supports must be as many as queries, 2, got 1", [Q, Q], [S], (2,)),
+        (TypeError, "levels must be a sequence of int, got int", [Q], [S], 1),
+        (TypeError, "levels must be a sequence of int, got (1.0,)", [Q], [S], (1.0,)),
+        (ValueError, f"{COUNTS} 2, the length of queries, got (1,)", [Q, Q], [S, S], (1,)),
+        (ValueError, f"{COUNTS} 1, the length of queries, got (0, 1)", [Q], [S], (0, 1)),
+        (TypeError, "supports[1] must be a torch.Tensor, got NoneType", [Q, Q], [S, None], (2,)),
+        (ValueError, "queries[1] must have shape (B, C, H, W), got (3, 4, 4)", [Q, Q[0]], [S, S], (2,)),
+        (ValueError, "queries[1] must have the batch size of queries[0], 2, got 1", [Q, Q[:1]], [S, S[:1]], (2,)),
+        (ValueError, "supports[1] must have the channels of queries[1], 3, got 2", [Q, Q], [S, S[:, :2]], (1, 1)),
+        (ValueError, "queries[1] must have the grid of queries[0], (4, 4), got (4, 3)", [Q, Q[..., 1:]], [S, S], (2,)),
+        (ValueError, "supports[2] must have the grid of supports[1], (5, 4), got (4, 4)", [Q] * 3, [S, S, Q], (1, 2)),
+    ],
+)  # fmt: skip
+def test_pyramid_bad_input(error, message, queries, supports, levels):
+    with pytest.raises(error, match=f"^{re.escape('hypercorrelation_pyramid: ' + message)}$"):
+        hypercorrelation_pyramid(queries, supports, levels=levels)
+
+
+def test_pyramid_module_and_signature():
+    queries, supports = pyramid_layers(torch.float32)
+    module = fss_kernels.nn.HypercorrelationPyramid(LEVELS, eps=0.1)
+    for x, y in zip(
+        module(queries, supports), hypercorrelation_pyramid(queries, supports, levels=LEVELS, eps=0.1), strict=True
+    ):
+        assert torch.equal(x, y)
+    assert "levels=(3, 1, 2), eps=0.1" in repr(module)
+    names = {n: p.default for n, p in inspect.signature(hypercorrelation_pyramid).parameters.items()}
+    needed = dict.fromkeys(("queries", "supports", "levels"), inspect.Parameter.empty)
+    assert names == {**needed, "mask": None, "eps": 1e-5, "eps_mode": "add", "clamp": True}

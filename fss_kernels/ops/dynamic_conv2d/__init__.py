@@ -54,7 +54,7 @@ def dynamic_conv2d(x: Tensor, kernels: Tensor | Sequence[Tensor], *, merge: bool
         kernels = (kernels,)
     _checks.tensor(_NAME, "x", x, {4: "(B, C, H, W)"}, _checks.FEATURE_DTYPES)
     _checks.not_empty(_NAME, "x", x, slice(1, 4), "channels or pixels")
-    _checks.sequence(_NAME, "kernels", kernels, "kernel")
+    _checks.sequence(_NAME, "kernels", kernels, "kernel", "a torch.Tensor or a sequence of them")
     names = [f"kernels[{i}]" for i in range(len(kernels))] if len(kernels) > 1 else ["kernels"]
     for name, kernel in zip(names, kernels, strict=True):
         _checks.tensor(_NAME, name, kernel, {4: "(B, C, kh, kw)"}, _checks.FEATURE_DTYPES)

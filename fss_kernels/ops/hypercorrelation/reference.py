@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,11 +50,19 @@ def weights_of(mask: Tensor, support: Tensor) -> Tensor:
     return resize_mask(mask[:, None], support.shape[-2], support.shape[-1], "bilinear", True)[:, 0]
 
 
-def hypercorrelation_reference(
-    query: Tensor, support: Tensor, mask: Tensor, eps: float, eps_mode: str, clamp: bool
+def correlate_level(
+    queries: Sequence[Tensor], supports: Sequence[Tensor], weights: Tensor, eps: float, eps_mode: str, clamp: bool
 ) -> Tensor:
-    """(B, C, Ha, Wa), (B, C, Hb, Wb), (B, h, w) -> (B, Ha, Wa, Hb, Wb)."""
-    return correlate(query, support, weights_of(mask, support), eps, eps_mode, clamp)
+    """`correlate` of every layer, stacked: (B, L, Ha, Wa, Hb, Wb)."""
+    pairs = zip(queries, supports, strict=True)
+    return torch.stack([correlate(q, s, weights, eps, eps_mode, clamp) for q, s in pairs], 1)
+
+
+def hypercorrelation_reference(
+    queries: Sequence[Tensor], supports: Sequence[Tensor], mask: Tensor, eps: float, eps_mode: str, clamp: bool
+) -> Tensor:
+    """L x (B, C, Ha, Wa), L x (B, C, Hb, Wb), (B, h, w) -> (B, L, Ha, Wa, Hb, Wb)."""
+    return correlate_level(queries, supports, weights_of(mask, supports[0]), eps, eps_mode, clamp)
 
 
 def pack_bits(flags: Tensor) -> Tensor:
@@ -69,18 +79,22 @@ def unpack_bits(bits: Tensor, size: int) -> Tensor:
 
 
 def hypercorrelation_fwd(
-    query: Tensor, support: Tensor, mask: Tensor, eps: float, eps_mode: str, clamp: bool
+    queries: Sequence[Tensor], supports: Sequence[Tensor], mask: Tensor, eps: float, eps_mode: str, clamp: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward op: the correlation, norms of query (B, Ha, Wa) and weighted support (B, Hb, Wb), the resized mask
-    (B, Hb, Wb), and where the correlation is above 0 or NaN as bits (B, Ha*Wa, ceil(Hb*Wb / 8))."""
-    dtype = accumulate_dtype(query)
-    weights = weights_of(mask, support)
-    correlation = correlate(query.to(dtype), support.to(dtype), weights, eps, eps_mode, clamp)
-    signs = query.new_empty((query.shape[0], query.shape[2:].numel(), 0), dtype=torch.uint8)
+    """The forward op: the correlation (B, L, Ha, Wa, Hb, Wb), norms of queries (L, B, Ha, Wa) and weighted supports
+    (L, B, Hb, Wb), the resized mask (B, Hb, Wb), and where the correlation is above 0 or NaN as bits
+    (L, B, Ha*Wa, ceil(Hb*Wb / 8))."""
+    dtype = accumulate_dtype(queries[0])
+    wide_queries, wide_supports = ([x.to(dtype) for x in xs] for xs in (queries, supports))
+    weights = weights_of(mask, supports[0])
+    correlation = correlate_level(wide_queries, wide_supports, weights, eps, eps_mode, clamp)
+    signs = mask.new_empty((len(queries), *queries[0].shape[:1], queries[0].shape[2:].numel(), 0), dtype=torch.uint8)
     if clamp:
-        signs = pack_bits(~(correlation.flatten(3).flatten(1, 2) <= 0))
-    norms = norm(query.to(dtype)), norm(weigh(support.to(dtype), weights))
-    return correlation.to(query.dtype), *norms, weights, signs
+        flags = ~(correlation.flatten(4).flatten(2, 3) <= 0)
+        signs = torch.stack([pack_bits(layer) for layer in flags.unbind(1)])
+    query_norms = torch.stack([norm(q) for q in wide_queries])
+    support_norms = torch.stack([norm(weigh(s, weights)) for s in wide_supports])
+    return correlation.to(queries[0].dtype), query_norms, support_norms, weights, signs
 
 
 def _grad_normalised(g: Tensor, x: Tensor, n: Tensor, eps: float, eps_mode: str) -> Tensor:
@@ -97,31 +111,36 @@ def _grad_normalised(g: Tensor, x: Tensor, n: Tensor, eps: float, eps_mode: str)
 
 def hypercorrelation_bwd(
     grad: Tensor,
-    query: Tensor,
-    support: Tensor,
+    queries: Sequence[Tensor],
+    supports: Sequence[Tensor],
     mask: Tensor,
-    query_norm: Tensor,
-    support_norm: Tensor,
+    query_norms: Tensor,
+    support_norms: Tensor,
     weights: Tensor,
     signs: Tensor,
     eps: float,
     eps_mode: str,
     clamp: bool,
-    need_query: bool,
-    need_support: bool,
+    need_queries: Sequence[bool],
+    need_supports: Sequence[bool],
     need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The backward op: two products with the output's gradient, through the normalisation. The mask has no gradient."""
-    grad_query, grad_support = query.new_empty(0), support.new_empty(0)
-    dtype = accumulate_dtype(query)
-    q, s, g = query.to(dtype), weigh(support.to(dtype), weights), grad.to(dtype)
-    if clamp:
-        live = unpack_bits(signs, support.shape[2:].numel()).view(grad.shape)
-        g = torch.where(live, g, 0.0)
-    if need_query:
-        d = torch.einsum("bhwyx,bcyx->bchw", g, normalise(s, eps, eps_mode))
-        grad_query = _grad_normalised(d, q, query_norm, eps, eps_mode).to(query.dtype)
-    if need_support:
-        d = torch.einsum("bhwyx,bchw->bcyx", g, normalise(q, eps, eps_mode))
-        grad_support = weigh(_grad_normalised(d, s, support_norm, eps, eps_mode), weights).to(support.dtype)
-    return grad_query, grad_support, mask.new_empty(0)
+    dtype = accumulate_dtype(queries[0])
+    grad_queries, grad_supports = [], []
+    for layer, (query, support) in enumerate(zip(queries, supports, strict=True)):
+        grad_query, grad_support = query.new_empty(0), support.new_empty(0)
+        q, s, g = query.to(dtype), weigh(support.to(dtype), weights), grad[:, layer].to(dtype)
+        if clamp:
+            live = unpack_bits(signs[layer], support.shape[2:].numel()).view(g.shape)
+            g = torch.where(live, g, 0.0)
+        if need_queries[layer]:
+            d = torch.einsum("bhwyx,bcyx->bchw", g, normalise(s, eps, eps_mode))
+            grad_query = _grad_normalised(d, q, query_norms[layer], eps, eps_mode).to(query.dtype)
+        if need_supports[layer]:
+            d = torch.einsum("bhwyx,bchw->bcyx", g, normalise(q, eps, eps_mode))
+            d = _grad_normalised(d, s, support_norms[layer], eps, eps_mode)
+            grad_support = weigh(d, weights).to(support.dtype)
+        grad_queries.append(grad_query)
+        grad_supports.append(grad_support)
+    return grad_queries, grad_supports, mask.new_empty(0)

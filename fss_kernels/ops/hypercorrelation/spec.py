@@ -6,38 +6,79 @@ Most samples have features on a lattice: channel 0 odd, the others even, in unit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fss_kernels.ops.hypercorrelation import hypercorrelation, reference
+from fss_kernels.ops.hypercorrelation import hypercorrelation, hypercorrelation_pyramid, reference
 from fss_kernels.ops.hypercorrelation.op import op
 from fss_kernels.testing import BadInput, Cost, Sample, Spec
 
+_FEATURES = tuple(f"{name}{i or ''}" for name in ("query", "support") for i in range(13))
 
-def _arguments(
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor | None = None,
-    eps: float = 1e-5,
-    eps_mode: str = "add",
-    clamp: bool = True,
-) -> tuple[Any, ...]:
+
+def _parse(
+    *tensors: Tensor, levels: tuple[int, ...] = (1,), **options: Any
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Any]:
+    """Queries, supports, mask and options of a call whose tensors come one by one: as many queries as ``levels`` add up
+    to, as many supports, then a mask or none."""
+    layers = sum(levels)
+    queries, supports, mask = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
+    return list(queries), list(supports), mask[0] if mask else None, options
+
+
+def _stack(call: Callable[..., Tensor], *tensors: Tensor, **options: Any) -> Any:
+    """``call(queries, supports, mask, **options)`` a level; what the public function of these options returns."""
+    queries, supports, mask, chosen = _parse(*tensors, **options)
+    if "levels" not in options:
+        return call(queries, supports, mask, **chosen).squeeze(1)
+    starts = itertools.pairwise(itertools.accumulate(options["levels"], initial=0))
+    levels = [call(queries[i:j], supports[i:j], mask, **chosen) for i, j in starts]
+    return levels if len(levels) > 1 else levels[0]
+
+
+def _function(*tensors: Tensor, **options: Any) -> Any:
+    """The op with its tensors one by one; with an option ``levels`` the pyramid, a single level without its list."""
+    queries, supports, mask, chosen = _parse(*tensors, **options)
+    if "levels" not in options:
+        return hypercorrelation(queries[0], supports[0], mask, **chosen)
+    levels = hypercorrelation_pyramid(queries, supports, mask, levels=options["levels"], **chosen)
+    return levels if len(levels) > 1 else levels[0]
+
+
+def _raw(queries: Any, supports: Any, mask: Tensor | None, **options: Any) -> tuple[Any, ...]:
     if mask is None:
-        mask = query.new_ones(query.shape[0], 1, 1)
-    return query, support, mask, eps, eps_mode, clamp
+        mask = queries[0].new_ones(queries[0].shape[0], 1, 1)
+    return queries, supports, mask, *({"eps": 1e-5, "eps_mode": "add", "clamp": True} | options).values()
 
 
-def _reference(query: Tensor, support: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    return reference.hypercorrelation_reference(*_arguments(query, support, mask, **options))
+def _arguments(*tensors: Tensor, **options: Any) -> tuple[Any, ...]:
+    queries, supports, mask, chosen = _parse(*tensors, **options)
+    return _raw(queries, supports, mask, **chosen)
 
 
-def _plain(query: Tensor, support: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """HSNet's correlation: the mask multiplied in, both normalised, one matrix product, clamped."""
-    _, _, _, eps, eps_mode, clamp = _arguments(query, support, None, **options)
+def _reference(*tensors: Tensor, **options: Any) -> Any:
+    return _stack(lambda *a, **o: reference.hypercorrelation_reference(*_raw(*a, **o)), *tensors, **options)
+
+
+def _plain_level(queries: Any, supports: Any, mask: Tensor | None, **options: Any) -> Tensor:
+    layers = [_plain_layer(q, s, mask, **options) for q, s in zip(queries, supports, strict=True)]
+    return torch.stack(layers).transpose(0, 1).contiguous()
+
+
+def _plain(*tensors: Tensor, **options: Any) -> Any:
+    """HSNet's correlation layer by layer, stacked."""
+    return _stack(_plain_level, *tensors, **options)
+
+
+def _plain_layer(
+    query: Tensor, support: Tensor, mask: Tensor | None, eps: float = 1e-5, eps_mode: str = "add", clamp: bool = True
+) -> Tensor:
+    """The mask multiplied in, both normalised, one matrix product, clamped."""
     if mask is not None:
         mask = F.interpolate(mask[:, None].to(support.dtype), support.shape[2:], mode="bilinear", align_corners=True)
         # the fill changes no value: g / eps, the formula's gradient at a zero vector, overflows float16
@@ -85,6 +126,14 @@ def _samples() -> Iterator[Sample]:
         tensors = {"query": query, "support": support}
         return Sample(id, tensors if mask is None else {**tensors, "mask": mask}, options, follow, large)
 
+    def level(id: str, channels: tuple[int, ...], *grids: tuple[int, int], **options: Any) -> Sample:
+        tensors = {
+            f"{name}{i or ''}": lattice(2, c, *grid)
+            for name, grid in zip(("query", "support"), grids, strict=True)
+            for i, c in enumerate(channels)
+        }
+        return Sample(id, {**tensors, "mask": rand(2, 9, 10)}, {"levels": (len(channels),), **options})
+
     yield sample("soft", lattice(2, 19, 5, 7), lattice(2, 19, 4, 6), rand(2, 13, 11))
     yield sample("no-mask", lattice(2, 5, 6, 4), lattice(2, 5, 3, 7))
     yield sample("normal", normal(2, 19, 5, 4), normal(2, 19, 4, 6), rand(2, 9, 10), clamp=False)
@@ -108,6 +157,8 @@ def _samples() -> Iterator[Sample]:
     yield sample("blob", lattice(2, 40, 9, 11), lattice(2, 40, 21, 23), blob)
     yield sample("many-rows", lattice(1, 300, 6, 7), lattice(1, 300, 5, 9), rand(1, 13, 13))
     yield sample("many-pixels", lattice(2, 9, 17, 19), lattice(2, 9, 18, 17), rand(2, 31, 33))
+    yield level("two-layers", (5, 5), (5, 4), (3, 7))
+    yield level("three-layers", (7, 3, 18), (3, 5), (6, 9), eps_mode="clamp", eps=0.5)
     # more than 8 MB of output in float32, rows that are not whole cache lines; more than 512 query pixels a task
     yield sample("streamed", lattice(1, 64, 37, 43), lattice(1, 64, 41, 35), rand(1, 50, 60), large=True)
 
@@ -152,60 +203,77 @@ def _bad_inputs() -> Iterator[BadInput]:
     yield bad("clamp", TypeError, "clamp must be a bool, got int", clamp=1)
 
 
-def _benchmark_sample(batch: int, channels: int, grid: int, image: int = 0) -> Sample:
-    """Lattice features, without a mask or under a foreground disc of about 20 % (image: size of the mask)."""
+def _benchmark_sample(batch: int, channels: int = 0, grid: int = 0, image: int = 0, stages: Any = None) -> Sample:
+    """Lattice features, without a mask or under a foreground disc of about 20 % (image: size of the mask). ``stages``:
+    the pyramid of these (layers, channels, grid)."""
     generator = torch.Generator().manual_seed(batch)
-    shape = batch, channels, grid, grid
-    tensors = {"query": _lattice(generator, *shape).float(), "support": _lattice(generator, *shape).float()}
-    return Sample("benchmark", {**tensors, "mask": _disc(batch, image)} if image else tensors)
+    layers = [(c, n) for count, c, n in stages or ((1, channels, grid),) for _ in range(count)]
+    tensors = {
+        f"{name}{i or ''}": _lattice(generator, batch, c, n, n).float()
+        for name in ("query", "support")
+        for i, (c, n) in enumerate(layers)
+    }
+    options = {"levels": tuple(count for count, *_ in stages)} if stages else {}
+    return Sample("benchmark", {**tensors, "mask": _disc(batch, image)} if image else tensors, options)
 
 
-def _sizes(sample: Sample) -> tuple[int, int, int, int]:
-    """B, C, Na, Nb."""
-    query, support = sample.tensors["query"], sample.tensors["support"]
-    return query.shape[0], query.shape[1], query.shape[2:].numel(), support.shape[2:].numel()
+def _layers(sample: Sample) -> list[tuple[int, int, int, int, int]]:
+    """B, C, Na, Nb and the kept support pixels of all samples, for every layer."""
+    queries, supports, mask, _ = _parse(*sample.tensors.values(), **sample.options)
+    result = []
+    for query, support in zip(queries, supports, strict=True):
+        batch, channels, columns = *query.shape[:2], support.shape[2:].numel()
+        kept = batch * columns if mask is None else int((reference.weights_of(mask, support.float()) != 0).sum())
+        result.append((batch, channels, query.shape[2:].numel(), columns, kept))
+    return result
 
 
 def _cost(sample: Sample, dtype: torch.dtype, mode: str) -> Cost:
     """Operands read once and the output written once; for gradients its gradient and the operands read once more, the
     operands' gradients written. Products of kept support pixels only."""
-    batch, channels, rows, columns = _sizes(sample)
     size = torch.empty(0, dtype=dtype).element_size()
-    kept = batch * columns
-    if "mask" in sample.tensors:
-        kept = int((reference.weights_of(sample.tensors["mask"], sample.tensors["support"].float()) != 0).sum())
-    operands = batch * channels * (rows + columns) * size
-    output = batch * rows * columns * size
-    flops = 2 * kept * rows * channels
+    operands = output = flops = 0
+    for batch, channels, rows, columns, kept in _layers(sample):
+        operands += batch * channels * (rows + columns) * size
+        output += batch * rows * columns * size
+        flops += 2 * kept * rows * channels
     if mode == "forward":
         return Cost(operands + output, flops)
     return Cost(3 * operands + 2 * output, 3 * flops)
 
 
 def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
-    """The packed support of as many samples as fit 16 MB, one bit an output, norms and the resized mask."""
-    batch, channels, rows, columns = _sizes(sample)
-    size = 8 if dtype == torch.float64 else 4
-    packed = (columns + 47) // 48 * 48 * (channels + 1) * size
-    group = min(batch, max(1, (16 << 20) // packed))
-    bits = batch * rows * ((columns + 7) // 8) if sample.options.get("clamp", True) else 0
-    return group * packed + bits + batch * (rows + 2 * columns) * size
+    """The packed support of as many samples as fit 16 MB, of one layer at a time; one bit an output and norms of the
+    layers of one level, the resized mask. Levels come one after the other and leave nothing behind."""
+    size, layers = 8 if dtype == torch.float64 else 4, iter(_layers(sample))
+    most = 0
+    for count in sample.options.get("levels", (1,)):
+        packed = small = 0
+        for batch, channels, rows, columns, _ in itertools.islice(layers, count):
+            panels = (columns + 47) // 48 * 48 * (channels + 1) * size
+            packed = max(packed, min(batch, max(1, (16 << 20) // panels)) * panels)
+            bits = batch * rows * ((columns + 7) // 8) if sample.options.get("clamp", True) else 0
+            small += bits + batch * (rows + columns) * size
+        most = max(most, packed + small + batch * columns * size)
+    return most
 
 
 SPEC = Spec(
     name="hypercorrelation",
-    function=hypercorrelation,
+    function=_function,
+    public=hypercorrelation,
     op=op,
     reference=_reference,
     plain=_plain,
     arguments=_arguments,
-    features=("query", "support"),
-    differentiable=("query", "support"),
+    features=_FEATURES,
+    differentiable=_FEATURES,
     samples=_samples,
     bad_inputs=_bad_inputs,
     sizes={
         "4x512x60x60": {"batch": 4, "channels": 512, "grid": 60, "image": 473},
         "4x512x60x60-no-mask": {"batch": 4, "channels": 512, "grid": 60},
+        "resnet50-400": {"batch": 4, "stages": ((4, 512, 50), (6, 1024, 25), (3, 2048, 13)), "image": 400},
         "4x1024x25x25": {"batch": 4, "channels": 1024, "grid": 25, "image": 400},
     },
     benchmark_sample=_benchmark_sample,

@@ -42,23 +42,33 @@ def _tap(i, source, target, NEAREST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.
 
 
 @triton.jit
-def resize_kernel(
-    source_ptr, target_ptr, stride_b, stride_m, stride_h, stride_w, M, SH, SW, TH, TW,
-    NEAREST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+def _resized(
+    image, n, inside, stride_h, stride_w, SH, SW, TH, TW,
+    NEAREST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """target (B, M, TH, TW) = R_h source R_w^T. Program: one image, BLOCK target pixels; four loads a pixel."""
-    image = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < TH * TW
+    """Pixels n of the target grid of R_h image R_w^T, `image` a pointer; four loads a pixel."""
     y, wy = _tap(n // TW, SH, TH, NEAREST, ALIGN, ACC)
     x, wx = _tap(n % TW, SW, TW, NEAREST, ALIGN, ACC)
-    at = source_ptr + image // M * stride_b + image % M * stride_m + y * stride_h + x * stride_w
+    at = image + y * stride_h + x * stride_w
     below, right = wy != 0, wx != 0
     value = tl.load(at, mask=inside, other=0).to(ACC) * (1 - wx)
     value += tl.load(at + stride_w, mask=inside & right, other=0).to(ACC) * wx
     low = tl.load(at + stride_h, mask=inside & below, other=0).to(ACC) * (1 - wx)
     low += tl.load(at + stride_h + stride_w, mask=inside & below & right, other=0).to(ACC) * wx
-    value = tl.where(below, value * (1 - wy) + low * wy, value)
+    return tl.where(below, value * (1 - wy) + low * wy, value)
+
+
+@triton.jit
+def resize_kernel(
+    source_ptr, target_ptr, stride_b, stride_m, stride_h, stride_w, M, SH, SW, TH, TW,
+    NEAREST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """target (B, M, TH, TW) = R_h source R_w^T. Program: one image, BLOCK target pixels."""
+    image = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < TH * TW
+    source = source_ptr + image // M * stride_b + image % M * stride_m
+    value = _resized(source, n, inside, stride_h, stride_w, SH, SW, TH, TW, NEAREST, ALIGN, ACC)
     tl.store(target_ptr + image * TH * TW + n, value.to(target_ptr.dtype.element_ty), mask=inside)
 
 
