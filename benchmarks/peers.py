@@ -401,3 +401,173 @@ def _register_correlations() -> None:
 
 
 _register_correlations()
+
+
+# ---- dense_cosine_max, dense_cosine_match --------------------------------------------------------------------------
+
+
+def _by_shot(query: Tensor, support: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Query once a shot, support (N, C, Hs, Ws), and the pixels the mask keeps (N, 1, Hs, Ws)."""
+    query = query[:, None].expand(-1, support.shape[1], -1, -1, -1).flatten(0, 1)
+    support = support.flatten(0, 1)
+    return query, support, None if mask is None else _on_grid(mask.flatten(0, 1)[:, None], support, True) > 0
+
+
+def _cosine_matrix(query: Tensor, support: Tensor) -> Tensor:
+    """PFENet's similarity: one product, divided by the product of the norms."""
+    q, s = query.flatten(2), support.flatten(2).transpose(1, 2)
+    norms = torch.bmm(s.norm(dim=2, keepdim=True), q.norm(dim=1, keepdim=True))
+    return torch.bmm(s, q) / (norms + 1e-7)
+
+
+def _normalised_matrix(query: Tensor, support: Tensor) -> Tensor:
+    return torch.bmm(F.normalize(support.flatten(2), dim=1).transpose(1, 2), F.normalize(query.flatten(2), dim=1))
+
+
+def _like_scores(best: Tensor, query: Tensor, support: Tensor) -> Tensor:
+    """Maps (N, L, Nq) as (B, S, L, Hq, Wq)."""
+    return best.view(*support.shape[:2], -1, *query.shape[2:])
+
+
+def _pfenet_prior(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, s, kept = _by_shot(query, support, mask)
+    return _like_scores(_cosine_matrix(q, s if kept is None else s * kept).max(1).values, query, support)
+
+
+def _winners(query: Tensor, support: Tensor, index: Tensor) -> Tensor:
+    """Cosines (N, 1, Nq) of every query pixel with its winner, differentiable."""
+    chosen = support.flatten(2).gather(2, index[:, None].expand(-1, support.shape[1], -1))
+    return (F.normalize(query.flatten(2), dim=1) * F.normalize(chosen, dim=1)).sum(1, keepdim=True)
+
+
+def _argmax_gather(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The rewrite that avoids autograd through the matrix: argmax without gradient, then the winners' cosines."""
+    q, s, kept = _by_shot(query, support, mask)
+    s = s if kept is None else s * kept
+    with torch.no_grad():
+        best, index = _normalised_matrix(q, s).max(1)
+    return _like_scores(_winners(q, s, index) if torch.is_grad_enabled() else best, query, support)
+
+
+def _packed_foreground(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sample by sample, only the foreground pixels."""
+    q, s, kept = _by_shot(query, support, mask)
+    results = []
+    for x, y, k in zip(q.flatten(2), s.flatten(2), kept.flatten(1), strict=True):
+        chosen = F.normalize(y[:, k], dim=0).T
+        best = (chosen @ F.normalize(x, dim=0)).max(0).values
+        results.append(best if bool(k.all()) else best.clamp(min=0))
+    return _like_scores(torch.stack(results), query, support)
+
+
+def _faiss_search(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+    """faiss' exact inner-product index on normalised, transposed foreground pixels; the winners' cosines with a
+    gradient."""
+    import faiss
+
+    q, s, kept = _by_shot(query, support, mask)
+    results = []
+    for x, y, k in zip(q.flatten(2), s.flatten(2), [None] * len(q) if kept is None else kept.flatten(1), strict=True):
+        y = y if k is None else y[:, k]
+        rows, columns = (F.normalize(t.detach(), dim=0).T.contiguous().numpy() for t in (y, x))
+        index = faiss.IndexFlatIP(rows.shape[1])
+        index.add(rows)
+        scores, at = (torch.from_numpy(r)[:, 0] for r in index.search(columns, 1))
+        best = _winners(x[None], y[None], at[None])[0, 0] if torch.is_grad_enabled() else scores
+        results.append(best if k is None or bool(k.all()) else best.clamp(min=0))
+    return _like_scores(torch.stack(results), query, support)
+
+
+def _literal_windows(query: Tensor, support: Tensor, mask: Tensor | None = None, windows: Any = ()) -> Tensor:
+    """DPCN as written: windows unfolded on both sides, one product for every element of every window."""
+    q, s, kept = _by_shot(query, support, mask)
+    s, maps = s if kept is None else s * kept, []
+    for dh, dw in windows:
+        x, y = (
+            F.normalize(F.unfold(t, (dh, dw), padding=(dh // 2, dw // 2)).unflatten(1, (t.shape[1], -1)), dim=1)
+            for t in (q, s)
+        )
+        cosines = torch.einsum("ncoi,ncoj->noij", y, x)
+        maps.append(cosines.mean(1).max(1).values)
+    return _like_scores(torch.stack(maps, 1), query, support)
+
+
+def _one_matrix_windows(query: Tensor, support: Tensor, mask: Tensor | None = None, windows: Any = ()) -> Tensor:
+    """The same from one matrix, by adding shifted copies of it."""
+    q, s, kept = _by_shot(query, support, mask)
+    (hs, ws), (hq, wq) = s.shape[2:], q.shape[2:]
+    cosines = _normalised_matrix(q, s if kept is None else s * kept).view(-1, hs, ws, hq, wq)
+    maps = []
+    for dh, dw in windows:
+        padded = F.pad(cosines, (dw // 2, dw // 2, dh // 2, dh // 2) * 2)
+        sums = sum(padded[:, y : y + hs, x : x + ws, y : y + hq, x : x + wq] for y in range(dh) for x in range(dw))
+        maps.append((sums / (dh * dw)).flatten(3).flatten(1, 2).max(1).values)
+    return _like_scores(torch.stack(maps, 1), query, support)
+
+
+def _both_maxima(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, s, _ = _by_shot(query, support, None)
+    cosines = _normalised_matrix(q, s)
+    return torch.cat([cosines.max(1).values, cosines.max(2).values], 1).unflatten(0, support.shape[:2])
+
+
+def _both_argmax_gather(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+    q, s, _ = _by_shot(query, support, None)
+    with torch.no_grad():
+        cosines = _normalised_matrix(q, s)
+        (best, index), (other_best, other) = cosines.max(1), cosines.max(2)
+    if torch.is_grad_enabled():
+        best, other_best = _winners(q, s, index)[:, 0], _winners(s, q, other)[:, 0]
+    return torch.cat([best, other_best], 1).unflatten(0, support.shape[:2])
+
+
+def _pixels(size: Mapping[str, Any]) -> bool:
+    return not size.get("dpcn")
+
+
+def _masked_pixels(size: Mapping[str, Any]) -> bool:
+    return _pixels(size) and bool(size.get("image"))
+
+
+def _windowed(size: Mapping[str, Any]) -> bool:
+    return bool(size.get("dpcn"))
+
+
+def _faiss_version() -> str:
+    import faiss
+
+    return f"faiss {faiss.__version__}"
+
+
+_Applies = Callable[[Mapping[str, Any]], bool]
+_DENSE_COSINES: dict[str, dict[str, tuple[Function, str, _Applies]]] = {
+    "dense_cosine_max": {
+        "pfenet": (_pfenet_prior, "holds the matrix and the product of the norms, for the gradient too", _pixels),
+        "argmax-gather": (_argmax_gather, "holds the matrix and multiplies the background", _pixels),
+        "packed-foreground": (_packed_foreground, "goes sample by sample and waits for every count", _masked_pixels),
+        "literal": (_literal_windows, "holds a matrix for every window element", _windowed),
+        "one-matrix": (_one_matrix_windows, "holds the matrix several times and multiplies the background", _windowed),
+    },
+    "dense_cosine_match": {
+        "both-maxima": (_both_maxima, "holds the matrix, for the gradient too", _always),
+        "argmax-gather": (_both_argmax_gather, "holds the matrix", _always),
+    },
+}
+
+
+def _register_dense_cosines() -> None:
+    for op, functions in _DENSE_COSINES.items():
+        for name, (function, cannot, applies) in functions.items():
+            peer(op, name, cannot, applies)(lambda tensors, options, f=function: f)
+            if name not in ("packed-foreground", "literal"):  # data-dependent shapes; gigabytes in either form
+                peer(op, f"compile({name})", f"{cannot}; needs seconds of compilation per shape", applies)(
+                    lambda tensors, options, f=function: compiled(f)
+                )
+
+
+_register_dense_cosines()
+
+
+@peer("dense_cosine_max", "faiss", "takes one normalised, transposed sample at a time", _pixels, _faiss_version, True)
+def _(tensors, options):
+    return _faiss_search

@@ -63,6 +63,15 @@ def evaluate(line: dict[str, Any], results: dict[str, Any]) -> Outcome:
         measured = ours["roof_fraction"]
     elif metric == "extra_bytes":
         measured = ours["extra_bytes"] / ours["scratch_bytes"] if ours["extra_bytes"] is not None else None
+    elif metric.startswith("memory:"):  # a peer's over ours
+        entry = entries.get(metric.removeprefix("memory:"))
+        if entry is not None and entry["correct"] and entry["extra_bytes"] is not None and ours["extra_bytes"]:
+            measured = entry["extra_bytes"] / ours["extra_bytes"]
+    elif metric.startswith("own:"):  # our time over that of another of our rows, "own:op/size"
+        op, _, size = metric.removeprefix("own:").partition("/")
+        other = row_entries(results, {**line, "op": op, "size": size}).get(OURS)
+        if other is not None and other["seconds"] is not None and other["correct"]:
+            measured = ours["seconds"]["median"] / other["seconds"]["median"]
     elif metric.startswith("peer:"):
         entry = fastest if metric == "peer:fastest" else entries.get(metric.removeprefix("peer:"))
         measured = entry["ratio_to_ours"] if entry is not None and entry["correct"] else None

@@ -2,7 +2,10 @@
 
 from fss_kernels import nn
 from fss_kernels._library import use_backend
+from fss_kernels.compositions import cycle_consistent_foreground, prior_mask, support_activation
 from fss_kernels.ops import (
+    dense_cosine_match,
+    dense_cosine_max,
     dynamic_conv2d,
     hypercorrelation,
     hypercorrelation_pyramid,
@@ -12,11 +15,16 @@ from fss_kernels.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "cycle_consistent_foreground",
+    "dense_cosine_match",
+    "dense_cosine_max",
     "dynamic_conv2d",
     "hypercorrelation",
     "hypercorrelation_pyramid",
     "masked_avg_pool",
     "nn",
+    "prior_mask",
     "prototype_cosine",
+    "support_activation",
     "use_backend",
 ]

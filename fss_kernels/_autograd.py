@@ -38,7 +38,8 @@ def _transformed() -> bool:
 
 
 def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``call(*tensors, *options) -> outputs`` that records the op for autograd only when something needs it.
+    """Returns ``call(*tensors, *options) -> results`` that records the op for autograd only when something needs it.
+    The results are the outputs and the statistics that the op returns.
 
     ``formula(*tensors, *saved, *options)`` is the op's differentiable outputs (a tensor, or a tuple when there are
     several) in plain PyTorch. Its vector-Jacobian product, differentiated, is the backward of the backward.
@@ -202,6 +203,6 @@ def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[...
                 results = Forward.apply(sizes, *tensors, *args[n_in:])
             else:
                 results = _below_autograd(op.fwd, args)
-        return results[0] if n_out == 1 else results[:n_out]
+        return results[0] if n_out + op.returned == 1 else results[: n_out + op.returned]
 
     return call

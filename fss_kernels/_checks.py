@@ -125,6 +125,19 @@ def odd(op: str, name: str, sizes: Sequence[int], largest: int) -> None:
         raise ValueError(f"{op}: {name} must have odd sizes 1 ... {largest}, got {' x '.join(str(n) for n in sizes)}")
 
 
+def windows(op: str, name: str, value: Any) -> None:
+    """A non-empty sequence of pairs of odd sizes."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{op}: {name} must be a sequence of pairs (dh, dw), got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{op}: {name} must hold at least one pair (dh, dw), got none")
+    for pair in value:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(n) is int for n in pair):
+            raise TypeError(f"{op}: {name} must hold pairs (dh, dw) of int, got {pair!r}")
+        if any(n < 1 or n % 2 == 0 for n in pair):
+            raise ValueError(f"{op}: {name} must have odd sizes >= 1, got {pair[0]} x {pair[1]}")
+
+
 def boolean(op: str, name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):

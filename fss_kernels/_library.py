@@ -84,7 +84,8 @@ class Backend:
 class Op:
     """A forward and a backward torch op with one schema each, and the backends that implement them.
 
-    ``forward(*tensors, *options) -> (*outputs, *saved)``: ``saved`` are small statistics for the backward.
+    ``forward(*tensors, *options) -> (*outputs, *saved)``: ``saved`` are small statistics for the backward; the first
+    ``returned`` of them (indices) are results for the caller as well, without a gradient.
     ``backward(*grads, *tensors, *saved, *options, *needs) -> one gradient per tensor``; a gradient whose ``need`` flag
     is false comes back with 0 elements. The tensors at the positions ``lists`` are ``Tensor[]``, and so are their
     gradients; their flags are ``bool[]``. Elsewhere tensors are counted one by one (`flatten`): ``reads(needs)`` gives
@@ -99,6 +100,8 @@ class Op:
     backends: dict[str, Backend] = field(default_factory=dict)
     reads: Callable[[Sequence[bool]], Container[int]] = lambda needs: range(len(needs))
     lists: tuple[int, ...] = ()
+    returned: int = 0
+    folder: str = ""  # under ops/, where it is not the op's name
 
     def __post_init__(self) -> None:
         for suffix, schema in (("fwd", self.forward_schema), ("bwd", self.backward_schema)):

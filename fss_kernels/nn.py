@@ -7,12 +7,70 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fss_kernels.ops import (
+    dense_cosine_match,
+    dense_cosine_max,
     dynamic_conv2d,
     hypercorrelation,
     hypercorrelation_pyramid,
     masked_avg_pool,
     prototype_cosine,
 )
+
+
+class DenseCosineMax(nn.Module):
+    """`fss_kernels.dense_cosine_max` with its options fixed.
+
+    Example:
+        >>> import torch
+        >>> scores, index = DenseCosineMax(windows=((3, 3), (1, 5)))(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 5, 6))
+        >>> scores.shape
+        torch.Size([1, 1, 2, 3, 4])
+    """
+
+    def __init__(
+        self,
+        *,
+        windows: Sequence[tuple[int, int]] = ((1, 1),),
+        masked: str = "zero",
+        eps: float = 1e-7,
+        eps_mode: str = "clamp",
+    ) -> None:
+        super().__init__()
+        self.windows, self.masked, self.eps, self.eps_mode = windows, masked, eps, eps_mode
+
+    def forward(self, query: Tensor, support: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Query (B, C, Hq, Wq), support (B, S, C, Hs, Ws) and mask (B, S, h, w) to scores and indices."""
+        return dense_cosine_max(
+            query, support, mask, windows=self.windows, masked=self.masked, eps=self.eps, eps_mode=self.eps_mode
+        )
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"windows={self.windows}, masked={self.masked!r}, eps={self.eps}, eps_mode={self.eps_mode!r}"
+
+
+class DenseCosineMatch(nn.Module):
+    """`fss_kernels.dense_cosine_match` with its options fixed.
+
+    Example:
+        >>> import torch
+        >>> [r.shape[2:] for r in DenseCosineMatch()(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 5, 6))]
+        [torch.Size([3, 4]), torch.Size([3, 4]), torch.Size([5, 6]), torch.Size([5, 6])]
+    """
+
+    def __init__(self, *, eps: float = 1e-7, eps_mode: str = "clamp") -> None:
+        super().__init__()
+        self.eps, self.eps_mode = eps, eps_mode
+
+    def forward(
+        self, query: Tensor, support: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query (B, C, Hq, Wq), support (B, S, C, Hs, Ws) and mask (B, S, h, w) to scores and indices of both."""
+        return dense_cosine_match(query, support, mask, eps=self.eps, eps_mode=self.eps_mode)
+
+    def extra_repr(self) -> str:
+        """The options, for printing."""
+        return f"eps={self.eps}, eps_mode={self.eps_mode!r}"
 
 
 class Hypercorrelation(nn.Module):

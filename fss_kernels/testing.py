@@ -100,8 +100,12 @@ class Spec:
 
 
 def specs() -> dict[str, Spec]:
-    """The spec of every op, by name."""
-    return {name: importlib.import_module(f"fss_kernels.ops.{name}.spec").SPEC for name in _library.ops}
+    """The spec of every op, by name; a folder of several ops has `SPECS`."""
+    found = {}
+    for name, op in _library.ops.items():
+        module = importlib.import_module(f"fss_kernels.ops.{op.folder or name}.spec")
+        found[name] = module.SPECS[name] if op.folder else module.SPEC
+    return found
 
 
 def _sliced(x: Tensor) -> Tensor:
@@ -115,6 +119,8 @@ def _offset(x: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
+    if x.ndim == 5:  # (B, S, C, H, W)
+        return _channels_last(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 

@@ -240,7 +240,12 @@ def test_every_line_has_a_row_and_a_bound():
         assert wanted["size"] in spec.sizes and wanted["mode"] in measure.MODES
         assert ("at_least" in wanted) != ("at_most" in wanted)
         kind, _, name = wanted["metric"].partition(":")
-        assert kind in ("roof", "extra_bytes") or name in {"fastest", *(p.name for p in peers.registry[wanted["op"]])}
+        if kind == "own":
+            op, _, size = name.partition("/")
+            assert size in testing.specs()[op].sizes
+        else:
+            names = {"fastest", *(p.name for p in peers.registry[wanted["op"]])}
+            assert wanted["metric"] in ("roof", "extra_bytes") or name in names
 
 
 @pytest.mark.parametrize("optional", [False, True])

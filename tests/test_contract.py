@@ -12,6 +12,10 @@ from fss_kernels import _library, testing
 
 BAD = [pytest.param(spec, bad, id=f"{spec.name}-{bad.id}") for spec in SPECS for bad in spec.bad_inputs()]
 SIGNATURES = {
+    "dense_cosine_match": "(query, support, mask=None, *, eps=1e-07, eps_mode='clamp')",
+    "dense_cosine_max": (
+        "(query, support, mask=None, *, windows=((1, 1),), masked='zero', eps=1e-07, eps_mode='clamp')"
+    ),
     "dynamic_conv2d": "(x, kernels, *, merge=False)",
     "hypercorrelation": "(query, support, mask=None, *, eps=1e-05, eps_mode='add', clamp=True)",
     "masked_avg_pool": "(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",

@@ -63,11 +63,11 @@ def test_fake_agrees(spec, dtype):
 def test_raw_op_is_differentiable(spec):
     """torch.ops.fss.<op>_fwd called directly has the gradients of the public function."""
     sample = next(iter(spec.samples()))
-    arguments = raw_arguments(spec, sample, torch.float64, "contiguous", True)
-    tensors = spec.op.flatten(arguments[: spec.op.tensors])[1]
-    free = [t for t in tensors if t.requires_grad]
-    raw = torch.autograd.grad(spec.op.fwd(*arguments)[0].pow(2).sum(), free)
-    public = torch.autograd.grad(spec.function(*tensors, **sample.options).pow(2).sum(), free)
+    tensors = spec.cast(sample, torch.float64)
+    free = [tensors[n].requires_grad_() for n in testing.differentiable_names(spec, tensors)]
+    outputs = spec.op.fwd(*spec.arguments(*tensors.values(), **sample.options))[: spec.op.outputs]
+    raw = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), free)
+    public = torch.autograd.grad(spec.function(*tensors.values(), **sample.options).pow(2).sum(), free)
     for r, p in zip(raw, public, strict=True):
         torch.testing.assert_close(r, p, rtol=0, atol=0)
 

@@ -31,6 +31,19 @@ constexpr int kTileColumns = kTileVectors<A> * lanes<A>;
 static_assert(kTileColumns<float> % 8 == 0 && kTileColumns<double> % 8 == 0);
 
 template <class A>
+class Buffer {  // uninitialised, aligned to a cache line
+ public:
+  explicit Buffer(int64_t size) : storage_(new A[size_t(size) + 64 / sizeof(A)]) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(storage_.get());
+    data = reinterpret_cast<A*>((at + 63) / 64 * 64);
+  }
+  A* data;
+
+ private:
+  std::unique_ptr<A[]> storage_;
+};
+
+template <class A>
 struct Tile {
   vec<A> at[kTileRows<A>][kTileVectors<A>];
 };
@@ -102,6 +115,46 @@ void pack_strip(const Source& source, int64_t rows, int64_t depth, A* strip) {
         for (int r = 0; r < W; ++r) to[i * W + r] = block[p * W + r][i];
       }
     }
+  }
+}
+
+// Channels [c, c + L) of pixels [n, n + L) as one register a channel, and back. `pixels` and `channels` of them exist.
+// With channels and pixels exchanged and `channels_last` negated: as one register a pixel.
+template <class T>
+inline void load_block(const T* x, int64_t stride_row, bool channels_last, int64_t pixels, int64_t channels,
+                       vec<accumulate_t<T>>* block) {
+  using A = accumulate_t<T>;
+  constexpr int L = lanes<A>;
+  if (!channels_last) {
+    for (int64_t c = 0; c < L; ++c) block[c] = c < channels ? load_some(x + c * stride_row, pixels) : vec<A>{};
+    return;
+  }
+  A by_pixel[L][L], by_channel[L][L];
+  for (int64_t n = 0; n < L; ++n) {
+    const vec<A> v = n < pixels ? load_some(x + n * stride_row, channels) : vec<A>{};
+    std::memcpy(by_pixel[n], &v, sizeof(v));
+  }
+  for (int c = 0; c < L; ++c) {
+    for (int n = 0; n < L; ++n) by_channel[c][n] = by_pixel[n][c];
+    block[c] = load(by_channel[c]);
+  }
+}
+
+template <class T>
+inline void store_block(T* x, int64_t stride_row, bool channels_last, int64_t pixels, int64_t channels,
+                        const vec<accumulate_t<T>>* block) {
+  using A = accumulate_t<T>;
+  constexpr int L = lanes<A>;
+  const auto put = [](T* to, vec<A> v, int64_t count) { count >= L ? store(to, v) : store_partial(to, v, count); };
+  if (!channels_last) {
+    for (int64_t c = 0; c < std::min<int64_t>(channels, L); ++c) put(x + c * stride_row, block[c], pixels);
+    return;
+  }
+  A by_pixel[L][L], by_channel[L][L];
+  for (int c = 0; c < L; ++c) std::memcpy(by_channel[c], &block[c], sizeof(block[c]));
+  for (int64_t n = 0; n < std::min<int64_t>(pixels, L); ++n) {
+    for (int c = 0; c < L; ++c) by_pixel[n][c] = by_channel[c][n];
+    put(x + n * stride_row, load(by_pixel[n]), channels);
   }
 }
 

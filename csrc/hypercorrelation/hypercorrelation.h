@@ -84,23 +84,13 @@ namespace FSS_ISA {
 namespace hypercorrelation {
 
 using namespace ::fss::hypercorrelation;
+using panels::Buffer;
 using panels::kStrip;
 using panels::kTileColumns;
 using panels::kTileRows;
 using panels::kTileVectors;
-
-template <class A>
-class Buffer {  // uninitialised, aligned to a cache line
- public:
-  explicit Buffer(int64_t size) : storage_(new A[size_t(size) + 64 / sizeof(A)]) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(storage_.get());
-    data = reinterpret_cast<A*>((at + 63) / 64 * 64);
-  }
-  A* data;
-
- private:
-  std::unique_ptr<A[]> storage_;
-};
+using panels::load_block;
+using panels::store_block;
 
 // ---- operands -------------------------------------------------------------------------------------------------------
 
@@ -378,43 +368,6 @@ void pack_operands(const Args& a, int64_t begin, int64_t end) {
   }
 }
 
-// Channels [c, c + L) of pixels [n, n + L) as one register a channel, and back. `pixels` and `channels` of them exist.
-template <class T, class A>
-inline void load_block(const T* x, int64_t stride_row, bool channels_last, int64_t pixels, int64_t channels,
-                       vec<A>* block) {
-  constexpr int L = lanes<A>;
-  if (!channels_last) {
-    for (int64_t c = 0; c < L; ++c) block[c] = c < channels ? panels::load_some(x + c * stride_row, pixels) : vec<A>{};
-    return;
-  }
-  A by_pixel[L][L], by_channel[L][L];
-  for (int64_t n = 0; n < L; ++n) {
-    const vec<A> v = n < pixels ? panels::load_some(x + n * stride_row, channels) : vec<A>{};
-    std::memcpy(by_pixel[n], &v, sizeof(v));
-  }
-  for (int c = 0; c < L; ++c) {
-    for (int n = 0; n < L; ++n) by_channel[c][n] = by_pixel[n][c];
-    block[c] = load(by_channel[c]);
-  }
-}
-
-template <class T, class A>
-inline void store_block(T* x, int64_t stride_row, bool channels_last, int64_t pixels, int64_t channels,
-                        const vec<A>* block) {
-  constexpr int L = lanes<A>;
-  const auto put = [](T* to, vec<A> v, int64_t count) { count >= L ? store(to, v) : store_partial(to, v, count); };
-  if (!channels_last) {
-    for (int64_t c = 0; c < std::min<int64_t>(channels, L); ++c) put(x + c * stride_row, block[c], pixels);
-    return;
-  }
-  A by_pixel[L][L], by_channel[L][L];
-  for (int c = 0; c < L; ++c) std::memcpy(by_channel[c], &block[c], sizeof(block[c]));
-  for (int64_t n = 0; n < std::min<int64_t>(pixels, L); ++n) {
-    for (int c = 0; c < L; ++c) by_pixel[n][c] = by_channel[c][n];
-    put(x + n * stride_row, load(by_pixel[n]), channels);
-  }
-}
-
 // The gradient of x from D, the gradient of the normalised vectors (channels, stride), for L pixels:
 // w D - (w^2 m / |m x|) (x . D) x with w = scale_of(...). 0 where w is 0, whatever x and D hold.
 template <class T, class A>
@@ -436,7 +389,7 @@ inline void finish_gradient(const Args& a, const Operand& x, int64_t b, int64_t 
   vec<A> block[L], total = {};
   for (int64_t c = 0; c < a.channels; c += L) {
     const int64_t channels = std::min<int64_t>(a.channels - c, L);
-    load_block<T, A>(from + c * step, x.stride_row, x.channels_last, pixels, channels, block);
+    load_block<T>(from + c * step, x.stride_row, x.channels_last, pixels, channels, block);
     vec<A> part = {};
     for (int64_t k = 0; k < channels; ++k) part += block[k] * load(sums + (c + k) * stride);
     total += part;
@@ -446,11 +399,11 @@ inline void finish_gradient(const Args& a, const Operand& x, int64_t b, int64_t 
   T* to = static_cast<T*>(x.gradient) + b * a.channels * x.pixels + (x.channels_last ? n * a.channels : n);
   for (int64_t c = 0; c < a.channels; c += L) {
     const int64_t channels = std::min<int64_t>(a.channels - c, L);
-    load_block<T, A>(from + c * step, x.stride_row, x.channels_last, pixels, channels, block);
+    load_block<T>(from + c * step, x.stride_row, x.channels_last, pixels, channels, block);
     for (int64_t k = 0; k < channels; ++k) {
       block[k] = (vec<A>)((panels::ints<A>)(w * load(sums + (c + k) * stride) - slope * block[k]) & live);
     }
-    store_block<T, A>(to + (x.channels_last ? c : c * x.pixels), out_row, x.channels_last, pixels, channels, block);
+    store_block<T>(to + (x.channels_last ? c : c * x.pixels), out_row, x.channels_last, pixels, channels, block);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #define FSS_CORE "hypercorrelation/hypercorrelation.h"
 #include "common/each_isa.h"
+#include "common/resize_cpu.h"
 
 namespace fss {
 namespace {
@@ -36,25 +37,6 @@ void check_inputs(const Layers& queries, const Layers& supports, const Tensor& m
   }
   STD_TORCH_CHECK(eps_mode == "add" || eps_mode == "clamp", kOp, ": eps_mode must be 'add' or 'clamp', got '", eps_mode,
                   "'");
-}
-
-// mask (B, h, w) on the support's grid: weights (B, Hb, Wb).
-void resize_mask(const Tensor& mask, const Tensor& weights) {
-  const Tensor source = mask.size(2) > 1 && mask.stride(2) != 1 ? torch::stable::contiguous(mask) : mask;
-  ResizeArgs args{};
-  args.source = source.const_data_ptr();
-  args.stride_b = source.stride(0), args.stride_h = source.stride(1);
-  args.source_height = source.size(1), args.source_width = source.size(2);
-  args.target = weights.mutable_data_ptr();
-  args.target_height = weights.size(1), args.target_width = weights.size(2);
-  args.masks = 1;
-  args.align_corners = true;
-  const auto run = dispatch_mask(source.scalar_type(), kOp, [&](auto s) {
-    using S = typename decltype(s)::type;
-    return weights.scalar_type() == ScalarType::Double ? FSS_FOR_ISA(resize<S, double>) : FSS_FOR_ISA(resize<S, float>);
-  });
-  parallel_tasks(weights.size(0), args.target_height * args.target_width,
-                 [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
 
 // Where a layer begins in a tensor (L, ...).
@@ -107,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers q
   Tensor signs = empty(query, {layers, batch, rows, clamp ? (columns + 7) / 8 : 0}, ScalarType::Byte);
   if (batch == 0) return {out, query_norms, support_norms, weights, signs};
 
-  resize_mask(mask, weights);
+  resize_mask(mask, weights, kOp);
   for (int64_t layer = 0; layer < layers; ++layer) {
     const Rows query_rows = as_rows(queries[layer]), support_rows = as_rows(supports[layer]);
     Args args{};

@@ -159,6 +159,7 @@ def _samples() -> Iterator[Sample]:
     yield sample("many-pixels", lattice(2, 9, 17, 19), lattice(2, 9, 18, 17), rand(2, 31, 33))
     yield level("two-layers", (5, 5), (5, 4), (3, 7))
     yield level("three-layers", (7, 3, 18), (3, 5), (6, 9), eps_mode="clamp", eps=0.5)
+    yield level("thirteen-layers", (3, 2, 4) * 4 + (5,), (3, 2), (2, 3))  # as many as ResNet-50 has
     # more than 8 MB of output in float32, rows that are not whole cache lines; more than 512 query pixels a task
     yield sample("streamed", lattice(1, 64, 37, 43), lattice(1, 64, 41, 35), rand(1, 50, 60), large=True)
 
