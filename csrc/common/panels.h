@@ -68,6 +68,13 @@ inline void multiply(const A* __restrict a, const A* __restrict b, int64_t depth
   }
 }
 
+template <class A>
+inline void add(const Tile<A>& from, Tile<A>& to) {
+  for (int r = 0; r < kTileRows<A>; ++r) {
+    for (int v = 0; v < kTileVectors<A>; ++v) to.at[r][v] += from.at[r][v];
+  }
+}
+
 // Rows of one strip of panels that are `W` rows wide.
 template <class A, int W>
 constexpr int kStrip = W > lanes<A> ? W : lanes<A>;

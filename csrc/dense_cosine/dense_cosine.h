@@ -21,8 +21,8 @@
 // Parallel decomposition: strips of pixels (packing), blocks of query pixels (products, sums), blocks of channels of
 // one operand (gradients); each element has one order of summation wherever its tile lies, each maximum is taken in the
 // order of the index, so results do not depend on tasks. Memory traffic: operands read once and packed; the packed
-// query is read once a chunk of the support; the ring stays in cache. Accumulation: float (double for double). Limits:
-// 64-bit offsets; a grid has fewer than 2^31 pixels.
+// query is read once a chunk of the support; the ring stays in cache. Accumulation: float (double for double), in
+// chains of 1024 channels. Limits: 64-bit offsets; a grid has fewer than 2^31 pixels.
 
 #ifndef FSS_DENSE_COSINE_H
 #define FSS_DENSE_COSINE_H
@@ -85,6 +85,7 @@ constexpr int64_t kChunkBytes = int64_t(2) << 20;    // kept support pixels that
 constexpr int64_t kBlockBytes = int64_t(384) << 10;  // query pixels of one task: they stay in a second-level cache
 constexpr int64_t kBlockColumns = 384;               // and their largest number
 constexpr int64_t kRowsTogether = 2;                 // support rows whose products are made together, windows
+constexpr int64_t kLevel = 1024;                     // channels that are summed in one chain
 constexpr int64_t kSumStrips = 8;                    // strips of query pixels of one task of window sums
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -312,7 +313,12 @@ inline void products(const Args& a, int64_t begin, int64_t end, const Before& be
       before();
       for (int64_t strip = block * together; strip < std::min(strips, (block + 1) * together); ++strip) {
         panels::Tile<A> tile{};
-        panels::multiply<A>(left + r * a.channels, right + strip * W * a.channels, a.channels, tile);
+        for (int64_t k = 0; k < a.channels; k += kLevel) {
+          panels::Tile<A> level{};
+          panels::multiply<A>(left + r * a.channels + k * R, right + (strip * a.channels + k) * W,
+                              std::min(a.channels - k, kLevel), level);
+          panels::add<A>(level, tile);
+        }
         f(strip, r, std::min<int64_t>(a.count - r, R), tile);
       }
       after(block, r, std::min<int64_t>(a.count - r, R));
