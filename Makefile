@@ -1,6 +1,7 @@
 # Verbs: demo, test, bench, readme, mutants, native, lint, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -n auto --dist worksteal -q
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
@@ -32,12 +33,12 @@ demo: .venv/installed .venv/native
 
 # Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
 test: .venv/installed .venv/native
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreted
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
 	set -e; isas=$$($(PY) -c "from fss_kernels import _library as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); \
 	for isa in $$isas; do \
 	  echo "== CPU kernels for $$isa"; \
-	  FSS_KERNELS_CPU_ISA=$$isa $(PY) -m pytest tests/test_numerics.py tests/test_determinism.py tests/ops; \
+	  FSS_KERNELS_CPU_ISA=$$isa $(PYTEST) tests/test_numerics.py tests/test_determinism.py tests/ops; \
 	done
 
 bench: .venv/installed .venv/native

@@ -38,12 +38,12 @@ def run(
     repeats: int = 3,
     seed: int = 0,
 ) -> int:
-    """Measures ops against their peers and writes a JSON file.
+    """Measures ops against their peers and writes a JSON file for every folder of ops.
 
     Args:
         ops: names of ops; all of them when none is given
         quick: fewer rounds, and only sizes that move little memory
-        out: result file; benchmarks/results/<machine>.json when empty
+        out: one result file of all; benchmarks/results/<machine>-<folder of the op>.json when empty
         sizes: shell patterns of size labels
         dtypes: dtypes of the features
         exclude: shell patterns of peers to leave out
@@ -61,15 +61,26 @@ def run(
     except RuntimeError as error:
         _say(f"run: {error}")
         return 2
-    path = Path(out) if out else RESULTS / f"{environment.machine_slug()}.json"
     rounds = min(rounds, 3) if quick else rounds
     threads = environment.cores()
     metrics = (line["metric"].partition(":") for line in targets.load())
     named = tuple(sorted({name for kind, _, name in metrics if kind == "peer"} - {"fastest"}))
-    chosen = (tuple(names) for names in (ops or known, dtypes, sizes, exclude))
-    plan = measure.Plan(*chosen, quick, tiny, named, rounds, repeats, seed, threads)
+    groups: dict[Path, list[str]] = {}
+    for op in ops or known:
+        path = Path(out) if out else RESULTS / f"{environment.machine_slug()}-{known[op].op.folder or op}.json"
+        groups.setdefault(path, []).append(op)
+    codes = []
+    for path, members in groups.items():
+        chosen = (tuple(names) for names in (members, dtypes, sizes, exclude))
+        plan = measure.Plan(*chosen, quick, tiny, named, rounds, repeats, seed, threads)
+        codes.append(_finish(_measured(plan), path))
+    return max(codes)
+
+
+def _measured(plan: measure.Plan) -> dict[str, Any]:
+    """The results of a plan, measured in a process of its own."""
     # set before the process starts: the allocator and OpenMP read them once
-    env = {**os.environ, **environment.ALLOCATOR, "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, **environment.ALLOCATOR, "OMP_NUM_THREADS": str(plan.threads)}
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder, "plan.json"))
         raw = Path(folder, "results.json")
@@ -83,7 +94,7 @@ def run(
         results["failures"].append(f"the measurement ended with code {done.returncode}")
     elif not results["rows"]:
         results["failures"].append("no row matches")
-    return _finish(results, path)
+    return results
 
 
 def _finish(results: dict[str, Any], path: Path) -> int:
@@ -120,24 +131,36 @@ def _committed() -> list[dict[str, Any]]:
     return sorted(files, key=lambda r: r["environment"]["date"])
 
 
+def _newest() -> list[dict[str, Any]]:
+    """The committed files that hold the newest results of some op, each with those ops alone."""
+    newest = {op: results for results in _committed() for op in results["plan"]["ops"]}
+    files: dict[str, dict[str, Any]] = {}
+    for op, results in newest.items():
+        mine = files.setdefault(results["file"], {**results, "rows": [], "peers": []})
+        mine["rows"] += [r for r in results["rows"] if r["op"] == op]
+        mine["peers"] += [p for p in results["peers"] if p["op"] == op]
+    return list(files.values())
+
+
 def check(files: list[str] = (), allow_short: bool = False, lines: str = str(targets.PATH)) -> int:
     """Compares results with every Speed line.
 
     Args:
-        files: result files; the newest of benchmarks/results when none is given
+        files: result files, each with every line; when none is given, the newest of benchmarks/results for every op
         allow_short: exit with 0 although lines fall short
         lines: the file of lines
     """
-    chosen = [{**json.loads(Path(f).read_text()), "file": f} for f in files] or _committed()[-1:]
+    chosen = [{**json.loads(Path(f).read_text()), "file": f} for f in files] or _newest()
     if not chosen:
         _say(f"check: no results in {RESULTS}; run `python -m benchmarks run`")
         return 1
-    code = 0
+    code, all_lines, states = 0, targets.load(Path(lines)), []
     for results in chosen:
         env = results["environment"]
         tree = "" if env["clean"] else ", tree with changes"
         title = f"{results['file']}: {env['cpu']}, {env['date']}, commit {(env['commit'] or 'unknown')[:10]}{tree}"
-        outcomes = [targets.evaluate(line, results) for line in targets.load(Path(lines))]
+        measured = {row["op"] for row in results["rows"]}
+        outcomes = [targets.evaluate(line, results) for line in all_lines if files or line["op"] in measured]
         console.print(targets.table(outcomes, title))
         for record in results["peers"]:
             if record["error"] is not None:
@@ -145,9 +168,14 @@ def check(files: list[str] = (), allow_short: bool = False, lines: str = str(tar
                 _say(f"{kind} {record['name']} of {record['op']} is missing: {record['error']}")
         for failure in results["failures"]:
             _say(f"FAILED: {failure}")
-        states = [o.state for o in outcomes]
-        _say(", ".join(f"{states.count(s)} {s}" for s in ("pass", "SHORT", "MISSING")))
+        states += [o.state for o in outcomes]
         code = max(code, targets.exit_code(outcomes, results, allow_short))
+    unmeasured = {line["op"] for line in all_lines} - {row["op"] for results in chosen for row in results["rows"]}
+    if unmeasured and not files:
+        _say(f"not measured: {', '.join(sorted(unmeasured))}")
+        states += ["MISSING" for line in all_lines if line["op"] in unmeasured]
+        code = 1
+    _say(", ".join(f"{states.count(s)} {s}" for s in ("pass", "SHORT", "MISSING")))
     return code
 
 
@@ -174,7 +202,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
     """
     from benchmarks.report import readme_section, replace_section
 
-    committed = _committed()
+    committed = _newest()
     if not committed:
         _say(f"readme: skipped, no results in {RESULTS}")
         return 0
@@ -188,7 +216,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         _say("readme: up to date" if new == text else "readme: tables differ from the results; run `make readme`")
         return int(new != text)
     environment.write_text(file, new)
-    _say(f"readme: tables of {len(committed)} machines -> {file}")
+    _say(f"readme: tables of {len(committed)} files -> {file}")
     return 0
 
 

@@ -118,9 +118,13 @@ def render(results: dict[str, Any]) -> str:
 
 
 def readme_section(files: list[dict[str, Any]]) -> str:
-    """The README's tables, one a machine."""
-    machines = [{**results, "tables": tables(results)} for results in files]
-    return _templates().get_template("readme.md.j2").render(machines=machines)
+    """The README's tables, one a machine, of result files that share no op."""
+    machines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for results in sorted(files, key=lambda f: f["plan"]["ops"]):
+        env = results["environment"]
+        key = tuple(env[name] for name in ("cpu", "threads", "isa", "torch"))
+        machines.setdefault(key, []).append({**results, "tables": tables(results)})
+    return _templates().get_template("readme.md.j2").render(machines=list(machines.values()))
 
 
 def replace_section(text: str, section: str) -> str:

@@ -44,39 +44,50 @@ def info(console: Console) -> int:
     return 0
 
 
-def _selection(backend: str, device: str) -> tuple[list[torch.dtype], list[str], int]:
-    """Dtypes, layouts and the largest sample that a backend is verified on."""
+def _dtypes(backend: str, device: str) -> list[torch.dtype]:
     if backend == "triton" and device == "cpu":
-        # Interpreted, milliseconds a program. Its bfloat16 stores truncate: that dtype is checked on a GPU.
-        return [torch.float32, torch.float16], ["contiguous", "channels_last", "sliced"], 40_000
-    return [d for d in testing.DTYPES if device == "cpu" or d != torch.float64], list(testing.LAYOUTS), sys.maxsize
+        return [torch.float32, torch.float16]  # the interpreter's bfloat16 stores truncate: checked on a GPU
+    return [d for d in testing.DTYPES if device == "cpu" or d != torch.float64]
 
 
-def _verify_interpreted() -> int:
+def _layouts(backend: str, device: str, dtype: torch.dtype) -> list[str]:
+    """All in float32, in which a kernel's way through memory shows; else, and where it is only PyTorch's, a few."""
+    few = {"contiguous", "channels_last"} if backend == "triton" and device == "cpu" else testing.LAYOUTS.keys()
+    if dtype != torch.float32 or backend == "reference":
+        few = few & {"contiguous", "channels_last", "sliced"}
+    return [layout for layout in testing.LAYOUTS if layout in few]
+
+
+def _largest_sample(backend: str, device: str) -> int:
+    return 10_000 if backend == "triton" and device == "cpu" else sys.maxsize  # interpreted: milliseconds a program
+
+
+def _verify_interpreted(ops: Sequence[str] = ()) -> int:
     """Verifies the Triton kernels on the CPU: the interpreter has to be chosen when a process starts."""
-    command = [sys.executable, "-m", "fss_kernels", "verify", "--backend", "triton"]
+    command = [sys.executable, "-m", "fss_kernels", "verify", *ops, "--backend", "triton"]
     return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
 
 
-def verify(console: Console, only: str | None = None) -> int:
-    """Compares every op, backend, dtype and layout with float64, forward and gradients; 1 when anything fails."""
+def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -> int:
+    """Compares ops (all of them when none is named) on every backend, or one, with float64; 1 when anything fails."""
     table = Table("op", "backend", "dtype", "layout", "cases", "observed / allowed error", "")
     failures: list[str] = []
     rows = [
         (spec, device, backend, dtype, layout)
-        for spec in testing.specs().values()
+        for name, spec in testing.specs().items()
+        if not ops or name in ops
         for device in _devices()
         for backend in testing.backends(spec.op, device)
         if only is None or backend == only
-        for dtype in _selection(backend, device)[0]
-        for layout in _selection(backend, device)[1]
+        for dtype in _dtypes(backend, device)
+        for layout in _layouts(backend, device, dtype)
     ]
     with Progress(console=console, transient=True) as progress:
         for spec, device, backend, dtype, layout in progress.track(rows, description="verify"):
             results = [
                 (name, comparison)
                 for sample in testing.cases(spec, layout)
-                if sum(t.numel() for t in sample.tensors.values()) <= _selection(backend, device)[2]
+                if sum(t.numel() for t in sample.tensors.values()) <= _largest_sample(backend, device)
                 for name, comparison in testing.evaluate(spec, sample, backend, dtype, layout, device)
             ]
             wrong = [c.message for _, c in results if not c.passed]
@@ -101,8 +112,10 @@ def verify(console: Console, only: str | None = None) -> int:
     interpret = only is None and not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     if interpret and not _library.TRITON_INTERPRETED:
         console.print("triton on the CPU, interpreted, in a process of its own:")
-        code = max(code, _verify_interpreted())
+        code = max(code, _verify_interpreted(ops))
     for op in _library.ops.values() if only is None else ():
+        if ops and op.name not in ops:
+            continue
         if "cuda" in op.backends and not torch.cuda.is_available():
             reason = op.why_not("cuda", "cuda")
             console.print(
@@ -115,10 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``fss-kernels`` command."""
     parser = argparse.ArgumentParser(prog="fss-kernels", description=__doc__)
     parser.add_argument("command", choices=["info", "verify"], help="show backends, or check numerics on this machine")
+    parser.add_argument("ops", nargs="*", metavar="op", help="verify only these ops")
     parser.add_argument("--backend", choices=_library.BACKENDS, help="verify only this backend")
     chosen = parser.parse_args(arguments)
+    if unknown := sorted(set(chosen.ops) - set(_library.ops)):
+        parser.error(f"unknown op {', '.join(unknown)}; there are {', '.join(_library.ops)}")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    return info(console) if chosen.command == "info" else verify(console, chosen.backend)
+    return info(console) if chosen.command == "info" else verify(console, chosen.ops, chosen.backend)
 
 
 if __name__ == "__main__":

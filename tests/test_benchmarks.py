@@ -306,6 +306,35 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     assert "skipped" in capsys.readouterr().out and file.read_text() == "no markers"
 
 
+def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, capsys):
+    """An older file keeps the ops that a newer one has not; a line of an op without results is missing."""
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+
+    def write(name, op, date):
+        one = copy.deepcopy(results)
+        one["environment"]["date"], one["plan"]["ops"] = date, [op]
+        for record in one["rows"] + one["peers"]:
+            record["op"] = op
+        environment.write_json(tmp_path / f"{name}.json", one)
+        return one["rows"]
+
+    write("a", "one", "2026-01-01T00:00:00+00:00")
+    rows = write("b", "one", "2026-01-03T00:00:00+00:00")
+    write("c", "two", "2026-01-02T00:00:00+00:00")
+    chosen = {f["file"]: {r["op"] for r in f["rows"]} for f in command._newest()}
+    assert chosen == {"b.json": {"one"}, "c.json": {"two"}}
+    ours = next(r for r in rows if r["provider"] == measure.OURS)
+    lines = tmp_path / "lines.toml"
+    line = '[[line]]\nop = "{}"\nsize = "{}"\ndtype = "{}"\nmode = "{}"\nmetric = "roof"\nat_least = 0\nissue = "x"\n'
+    key = [ours[n] for n in ("size", "dtype", "mode")]
+    lines.write_text(line.format("one", *key) + line.format("two", *key))
+    assert command.main(["check", "--lines", str(lines)]) == 0
+    assert "2 pass, 0 SHORT, 0 MISSING" in capsys.readouterr().out
+    lines.write_text(line.format("one", *key) + line.format("three", *key))
+    assert command.main(["check", "--lines", str(lines)]) == 1
+    assert "not measured: three" in capsys.readouterr().out
+
+
 def test_run_refuses_unknown_ops(capsys):
     assert command.main(["run", "nothing"]) == 2
     assert "unknown ops nothing" in capsys.readouterr().out

@@ -17,7 +17,7 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(testing, "specs", lambda: {spec.name: small})
     monkeypatch.setattr(testing, "DTYPES", (torch.float32,))
     monkeypatch.setattr(testing, "LAYOUTS", {"contiguous": testing.LAYOUTS["contiguous"]})
-    monkeypatch.setattr(__main__, "_verify_interpreted", lambda: 0)
+    monkeypatch.setattr(__main__, "_verify_interpreted", lambda *_: 0)
     return spec
 
 
@@ -75,18 +75,24 @@ def test_verify_fails_on_only_exact_zeros(few_rows, monkeypatch, capsys):
 
 def test_verify_fails_without_rows(monkeypatch):
     monkeypatch.setattr(testing, "specs", dict)
-    monkeypatch.setattr(__main__, "_verify_interpreted", lambda: 0)
+    monkeypatch.setattr(__main__, "_verify_interpreted", lambda *_: 0)
     assert __main__.main(["verify"]) == 1
 
 
 def test_verify_reports_the_interpreted_process(few_rows, monkeypatch):
     """Triton without a GPU is verified by another process; its failure is the failure of the whole."""
-    monkeypatch.setattr(__main__, "_verify_interpreted", lambda: 1)
+    monkeypatch.setattr(__main__, "_verify_interpreted", lambda *_: 1)
     assert __main__.main(["verify"]) == (0 if torch.cuda.is_available() else 1)
 
 
 def test_triton_is_verified_in_the_interpreter(capfd):
-    assert __main__._verify_interpreted() == 0
+    """One op in a process of its own; tests/interpreted has the others."""
+    assert __main__._verify_interpreted(["masked_avg_pool"]) == 0
     out = capfd.readouterr().out
-    count = sum("triton" in spec.op.backends for spec in SPECS)
-    assert "triton" in out and f"{6 * count} rows, all within bounds" in out and "reference" not in out
+    assert "triton" in out and "4 rows, all within bounds" in out and "reference" not in out
+
+
+def test_verify_takes_known_ops_only(capsys):
+    with pytest.raises(SystemExit):
+        __main__.main(["verify", "masked_max_pool"])
+    assert "unknown op masked_max_pool; there are " in capsys.readouterr().err

@@ -274,7 +274,12 @@ SPEC = Spec(
     sizes={
         "4x512x60x60": {"batch": 4, "channels": 512, "grid": 60, "image": 473},
         "4x512x60x60-no-mask": {"batch": 4, "channels": 512, "grid": 60},
-        "resnet50-400": {"batch": 4, "stages": ((4, 512, 50), (6, 1024, 25), (3, 2048, 13)), "image": 400},
+        "resnet50-400": {
+            "batch": 4,
+            "stages": ((4, 512, 50), (6, 1024, 25), (3, 2048, 13)),
+            "image": 400,
+            "modes": ("forward",),  # HSNet and VAT correlate without a gradient
+        },
         "4x1024x25x25": {"batch": 4, "channels": 1024, "grid": 25, "image": 400},
     },
     benchmark_sample=_benchmark_sample,
