@@ -80,12 +80,13 @@ def run(
 def _measured(plan: measure.Plan) -> dict[str, Any]:
     """The results of a plan, measured in a process of its own."""
     # set before the process starts: the allocator and OpenMP read them once
-    env = {**os.environ, **environment.ALLOCATOR, "OMP_NUM_THREADS": str(plan.threads)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # this may run in a test
+    env |= {**environment.ALLOCATOR, "OMP_NUM_THREADS": str(plan.threads)}
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder, "plan.json"))
         raw = Path(folder, "results.json")
         command = [sys.executable, "-m", "pytest", "benchmarks/suite", "-x", "-q", "-s", "-o", "addopts="]
-        command += ["-p", "no:cacheprovider", "--disable-warnings", "--benchmark-disable-gc", "--benchmark-quiet"]
+        command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--disable-warnings", "--benchmark-disable-gc", "--benchmark-quiet"]
         command += ["--plan", f"{folder}/plan.json", "--results", str(raw)]
         done = subprocess.run(command, cwd=environment.ROOT, env=env, stdout=subprocess.PIPE, text=True)
         results = json.loads(raw.read_text()) if raw.exists() else {"failures": [], "rows": []}
