@@ -86,7 +86,15 @@ def _measured(plan: measure.Plan) -> dict[str, Any]:
         plan.save(Path(folder, "plan.json"))
         raw = Path(folder, "results.json")
         command = [sys.executable, "-m", "pytest", "benchmarks/suite", "-x", "-q", "-s", "-o", "addopts="]
-        command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--disable-warnings", "--benchmark-disable-gc", "--benchmark-quiet"]
+        command += [
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "--disable-warnings",
+            "--benchmark-disable-gc",
+            "--benchmark-quiet",
+        ]
         command += ["--plan", f"{folder}/plan.json", "--results", str(raw)]
         done = subprocess.run(command, cwd=environment.ROOT, env=env, stdout=subprocess.PIPE, text=True)
         results = json.loads(raw.read_text()) if raw.exists() else {"failures": [], "rows": []}

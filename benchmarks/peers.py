@@ -571,3 +571,31 @@ _register_dense_cosines()
 @peer("dense_cosine_max", "faiss", "takes one normalised, transposed sample at a time", _pixels, _faiss_version, True)
 def _(tensors, options):
     return _faiss_search
+
+
+def _keops_argmax(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KeOps' symbolic matrix: normalised vectors, the index of the largest product, then the winners' cosines."""
+    from pykeops.torch import LazyTensor
+
+    q, s, kept = _by_shot(query, support, mask)
+    s = s if kept is None else s * kept
+    rows, columns = (F.normalize(x.detach().flatten(2), dim=1).mT.contiguous() for x in (q, s))
+    index = (LazyTensor(rows[:, :, None]) | LazyTensor(columns[:, None])).argmax(dim=2)[..., 0]
+    return _like_scores(_winners(q, s, index), query, support)
+
+
+def _keops_version() -> str:
+    import pykeops
+
+    pykeops.set_verbose(False)
+    return f"pykeops {pykeops.__version__}"
+
+
+def _small_pixels(size: Mapping[str, Any]) -> bool:  # its sums over channels are plain loops: seconds at C = 512
+    return _pixels(size) and not size.get("image") and size["channels"] <= 512
+
+
+@peer("dense_cosine_max", "keops", "recomputes the winner's cosine, slow for many channels", _small_pixels,
+      _keops_version, True)  # fmt: skip
+def _(tensors, options):
+    return _keops_argmax
