@@ -109,14 +109,14 @@ def test_guard_with_a_scaler():
 @pytest.mark.parametrize("name", ["dpcn", "dpnet"])
 def test_a_few_steps_learn_an_episode(name):
     """The whole loop: groups, loss, guard."""
-    e = episode()
-    model = balanced(small(name, channels=16), e)
-    optimizer = torch.optim.SGD(parameter_groups(model, 0.05), momentum=0.9)
+    e = episode(size=(17, 25))
+    model = balanced(small(name), e)
+    optimizer = torch.optim.Adam(parameter_groups(model, 0.02))
     guard, losses = StepGuard(max_norm=5.0), []
-    for _ in range(30):
+    for _ in range(12):
         optimizer.zero_grad()
         loss = model.loss(*e)
         loss.backward()
         guard.step(optimizer)
         losses.append(loss.item())
-    assert guard.non_finite == 0 and min(losses[-5:]) < 0.5 * losses[0], losses
+    assert guard.non_finite == 0 and min(losses[-3:]) < 0.7 * losses[0], losses
