@@ -1,7 +1,6 @@
 """DPCN on the kernels against the same network on the reference, and its SAM against the literal window code.
 
-    python -m benchmarks.models --out FILE [--quick]
-    python -m benchmarks check FILE --lines benchmarks/models.toml
+    python -m benchmarks.models [--out FILE] [--quick]
 
 ResNet-50 at 473 x 473, the PASCAL setting, batch 1; --quick has a tiny backbone at 65 x 65, to test this program. The
 providers take turns, in an order drawn anew every round. Besides times a row holds the share of them spent in ops, the
@@ -34,6 +33,7 @@ from benchmarks import environment
 from benchmarks.measure import OURS, extra_bytes
 from fss_kernels import _library
 
+OPS = ("support_activation", "dpcn")  # what the rows call themselves
 CHILD = "FSS_KERNELS_BENCHMARK_CHILD"
 TOLERANCE = 1e-3  # relative to the largest element: another network would differ by far more
 
@@ -280,7 +280,8 @@ def run(plan: Plan, out: Path) -> int:
         {"op": op, "name": name, "version": None, "error": None, "optional": False}
         for op, name in sorted({(e["op"], e["provider"]) for e in entries if e["provider"] != OURS})
     ]
-    results = {"plan": asdict(plan), "peers": peers, "rows": entries, "failures": failures, "notes": []}
+    results = {"plan": {**asdict(plan), "ops": OPS}, "peers": peers, "rows": entries, "failures": failures, "notes": []}
+    out = out.with_name(f"{out.name}.failed") if failures else out  # does not replace a good file
     environment.write_json(out, environment.environment() | results)
     print(f"{len(entries)} entries -> {out}")
     return 1 if failures else 0
@@ -289,7 +290,7 @@ def run(plan: Plan, out: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; the measuring process starts with the allocator and the threads fixed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="result file")
+    parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<machine>-models.json")
     parser.add_argument("--quick", action="store_true", help="a tiny network, to test this program")
     parser.add_argument("--rounds", type=int, help="rounds in which every provider has a turn")
     parser.add_argument("--peak", metavar="OP:MODE:PROVIDER", help="make one call, print the peak resident size")
@@ -298,15 +299,14 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.peak:
         print(peak(plan, chosen.peak))
         return 0
-    if chosen.out is None:
-        parser.error("--out is missing")
+    out = chosen.out or environment.ROOT / "benchmarks" / "results" / f"{environment.machine_slug()}-models.json"
     if CHILD not in os.environ:
         own = {**environment.ALLOCATOR, "OMP_NUM_THREADS": str(environment.cores()), CHILD: "1"}
         command = [sys.executable, "-m", "benchmarks.models", *(sys.argv[1:] if arguments is None else arguments)]
         return subprocess.run(command, env=os.environ | own).returncode
     if chosen.rounds:
         plan = Plan(plan.backbone, plan.size, chosen.rounds, plan.seed)
-    return run(plan, chosen.out)
+    return run(plan, out)
 
 
 if __name__ == "__main__":

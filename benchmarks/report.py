@@ -31,7 +31,7 @@ def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
         entries = row_entries(results, dict(zip(names, key, strict=True)))
         providers = [e for e in entries.values() if not e["provider"].startswith("ceiling:")]
         ours, fastest = entries[OURS], fastest_peer(entries)
-        timed = ours["seconds"] is not None
+        timed = ours["seconds"] is not None and ours["roof_fraction"] is not None
         result.append(
             {
                 **dict(zip(names, key, strict=True)),
@@ -118,12 +118,14 @@ def render(results: dict[str, Any]) -> str:
 
 
 def readme_section(files: list[dict[str, Any]]) -> str:
-    """The README's tables, one a machine, of result files that share no op."""
-    machines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """The README's tables, of ops and of networks, one each a machine, of result files that share no op."""
+    machines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for results in sorted(files, key=lambda f: f["plan"]["ops"]):
         env = results["environment"]
-        key = tuple(env[name] for name in ("cpu", "threads", "isa", "torch"))
-        machines.setdefault(key, []).append({**results, "tables": tables(results)})
+        key = tuple(env[name] for name in ("cpu", "threads", "torch"))
+        kind = "networks" if any("share_in_ops" in row for row in results["rows"]) else "ops"
+        machine = machines.setdefault(key, {"ops": [], "networks": []})
+        machine[kind].append({**results, "tables": tables(results)})
     return _templates().get_template("readme.md.j2").render(machines=list(machines.values()))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import environment, measure, peers, report, targets
+from benchmarks import environment, measure, models, peers, report, targets
 from fss_kernels import testing
 
 OPS = tuple(testing.specs())
@@ -236,6 +236,9 @@ def test_check_misses_rows_and_wrong_numbers(results):
 
 def test_every_line_has_a_row_and_a_bound():
     for wanted in targets.load():
+        if wanted["op"] in models.OPS:
+            assert wanted["size"] == models.Plan().label and wanted["mode"] in ("forward+backward", "train", "evaluate")
+            continue
         spec = testing.specs()[wanted["op"]]
         assert wanted["size"] in spec.sizes and wanted["mode"] in measure.MODES
         assert ("at_least" in wanted) != ("at_most" in wanted)
@@ -285,6 +288,15 @@ def test_report_marks_a_peer_that_wins(results):
     won = copy.deepcopy(results)
     next(e for e in won["rows"] if e["provider"] not in (measure.OURS, "ceiling:read"))["ratio_to_ours"] = 0.9
     assert report.render(won).count("faster than ours") == 1 and "faster than ours" not in report.render(results)
+
+
+def test_readme_shows_networks(tmp_path):
+    """The program measures a small network; its rows have a table of their own in the README."""
+    out = tmp_path / "models.json"
+    assert models.main(["--quick", "--rounds", "2", "--out", str(out)]) == 0
+    text = report.readme_section([json.loads(out.read_text())])
+    assert "| dpcn | tiny-65 | train | our kernels |" in text and "| dpcn | tiny-65 | train | reference |" in text
+    assert "| support_activation | tiny-65 | forward+backward | literal |" in text and "| op |" not in text
 
 
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
