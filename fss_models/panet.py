@@ -1,0 +1,88 @@
+"""PANet (Wang et al., ICCV 2019): a prototype of foreground and background each, and the cosine with them. A baseline.
+
+It has no parameters but those of the backbone, and segments with random or pretrained features alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fss_kernels import masked_avg_pool, prototype_cosine
+from fss_models.backbones import Features
+from fss_models.losses import resized, sample_losses, segmentation_loss
+from fss_models.model import FewShotModel, check_flags, check_number, check_option, weights_of
+
+
+class PANet(FewShotModel):
+    """Prototype alignment network.
+
+    Args:
+        backbone: a module, see `fss_models.backbones`.
+        scale: of the cosines, > 0.
+        stage: whose features are compared, 2, 3 or 4.
+        pool_eps: added to the mask's area.
+        align_weight: of the alignment loss: the predicted query segments the support; 0: none.
+        trainable_backbone: stages that train, True or False.
+        frozen_bn: BatchNorm of the backbone uses running statistics in training, too.
+
+    Raises:
+        ValueError: an option outside its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        scale: float = 20.0,
+        *,
+        stage: int = 4,
+        pool_eps: float = 1e-5,
+        align_weight: float = 1.0,
+        trainable_backbone: bool | Sequence[int] = True,
+        frozen_bn: bool = True,
+    ) -> None:
+        check_number("PANet", "scale", scale, highest=1e6)
+        check_option("PANet", "stage", stage, (2, 3, 4))
+        check_number("PANet", "pool_eps", pool_eps)
+        check_number("PANet", "align_weight", align_weight)
+        check_flags("PANet", frozen_bn=frozen_bn)
+        super().__init__(backbone, trainable_backbone, frozen_bn)
+        self.scale, self.stage, self.pool_eps, self.align_weight = float(scale), stage, pool_eps, align_weight
+
+    def prototypes(self, features: Tensor, masks: Tensor) -> Tensor:
+        """Means over the shots (B, M, C) of features (B*S, C, h, w) under masks (B, S, M, H, W) at image size."""
+        pooled = masked_avg_pool(
+            features, masks.flatten(0, 1), eps=self.pool_eps, resize="adjoint", align_corners=False
+        )
+        return pooled.unflatten(0, masks.shape[:2]).mean(1)
+
+    def segment(self, query: Features, support: Features, labels: Tensor) -> Tensor:
+        """Logits (B, 2, h, w): cosines with the prototypes of background and foreground; ignored pixels are neither."""
+        q, s = query[self.stage - 2], support[self.stage - 2]
+        masks = weights_of(torch.stack([labels == 0, labels == 1], 2), s)
+        return prototype_cosine(q, self.prototypes(s, masks), scale=self.scale)
+
+    def alignment_losses(self, query: Features, support: Features, labels: Tensor, logits: Tensor) -> Tensor:
+        """The losses (B,) with swapped roles: prototypes of the query under its prediction segment every shot.
+
+        The mean over the shots; 0 for a sample that has only one class in its prediction. Logits (B, 2, h, w).
+        """
+        q, s = query[self.stage - 2], support[self.stage - 2]
+        chosen = logits[:, 1] > logits[:, 0]
+        masks = weights_of(torch.stack([~chosen, chosen], 1), q)
+        prototypes = masked_avg_pool(q, masks, eps=self.pool_eps)
+        batch, shots = labels.shape[:2]
+        repeated = prototypes.unsqueeze(1).expand(-1, shots, -1, -1).flatten(0, 1)
+        losses = sample_losses(prototype_cosine(s, repeated, scale=self.scale), labels.flatten(0, 1))
+        both = masks.flatten(2).any(2).all(1)
+        return torch.where(both, losses.unflatten(0, (batch, shots)).mean(1), 0.0)
+
+    def episode_loss(self, query: Features, support: Features, labels: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy of the query plus ``align_weight`` times the alignment loss."""
+        logits = self.segment(query, support, labels)
+        loss = segmentation_loss(resized(logits, target.shape[-2:]), target)
+        if self.align_weight == 0:
+            return loss
+        return loss + self.align_weight * self.alignment_losses(query, support, labels, logits).mean()
