@@ -64,15 +64,15 @@ def save(folder: str | Path, step: int, model: nn.Module, config: Config, state:
     for path in (temporary / WEIGHTS, temporary / STATE, temporary):
         _flush(path)
     final = folder / f"step-{step:08d}"
-    _discard(final)
+    discard(final)
     os.replace(temporary, final)
     _flush(folder)
     for old in complete(folder)[:-keep]:
-        _discard(old)
+        discard(old)
     return final
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Removes a checkpoint so that it is never seen in part."""
     if path.exists():
         trash = path.with_name(f".tmp-old-{path.name}-{os.getpid()}")
@@ -147,9 +147,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     import fss_models
 
     try:
-        return fss_models.build(
-            config.name, backbone=config.backbone, weights=config.weights or None, **config.options
-        )
+        return fss_models.build(config.name, backbone=config.backbone, weights=config.weights or None, **config.options)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"model {config.name}: {' '.join(str(error).split())}") from None
 

@@ -15,7 +15,7 @@ class DataConfig:
     """Which episodes.
 
     Attributes:
-        protocol: a name of `fss_models.data.PROTOCOLS`; it says the data set, fold rule, size, area, test episodes, seeds.
+        protocol: a name of `fss_models.data.PROTOCOLS`; data set, fold rule, size, area, episodes, seeds.
         root: folder of the data set; glyphs need none.
         train_list: list file of the training images; ``{fold}`` becomes the fold. Empty: <root>/splits/<data
             set>/trn/fold{fold}.txt, for FSS-1000 <root>/splits/fss/trn.txt.

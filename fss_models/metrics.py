@@ -15,7 +15,7 @@ class EpisodeIoU(Metric):
 
     With I[c, k] and U[c, k] the pixels, summed over the episodes of class c, in which prediction and truth agree on, or
     either of them says, k (0 background, 1 foreground): the IoU of c is I[c, 1] / U[c, 1], mIoU its mean over the
-    classes that had episodes, FB-IoU the mean over k of sum_c I[c, k] / sum_c U[c, k]. Pixels of truth 255 do not count.
+    classes that had episodes, FB-IoU the mean over k of sum_c I[c, k] / sum_c U[c, k]. Truth 255 does not count.
     Sums are integers: the result does not depend on the order, the batches or the number of processes.
 
     Args:

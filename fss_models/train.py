@@ -133,7 +133,9 @@ class _Log:
 
     def write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, _COLUMNS).writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            csv.DictWriter(file, _COLUMNS).writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            )
         if self.board is not None:
             for name in ("loss", "lr", "skipped", "bad_files"):
                 self.board.add_scalar(name, row[name], row["step"])

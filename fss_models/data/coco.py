@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -66,3 +67,18 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
     names = {i: category["name"] for i, category in enumerate(categories, 1)}
     write_bytes(root / "annotations" / "names.json", json.dumps(names, indent=1).encode())
     return {"images": len(images), "objects": objects, "empty": len(images) - len({p.split("__")[0] for p in listed})}
+
+
+@dataclasses.dataclass
+class CocoConfig:
+    """Label maps and lists of COCO-20i from the official JSON.
+
+    Attributes:
+        annotations: instances_train2014.json or instances_val2014.json.
+        root: folder that holds train2014 and val2014.
+        crowd: whether regions marked as crowds count as objects; otherwise they are ignored.
+    """
+
+    annotations: str
+    root: str
+    crowd: bool = False

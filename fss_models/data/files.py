@@ -43,15 +43,25 @@ def read_image(path: Path) -> Array:
     return np.asarray(_open(path).convert("RGB"))
 
 
-def read_labels(path: Path) -> Array:
+def read_labels(path: Path, black_and_white: bool = False) -> Array:
     """(H, W), uint8: the indices of a palette PNG, or the values of a grey one.
+
+    Args:
+        path: the label map.
+        black_and_white: an image in colours is read, too, if it has no other ones.
 
     Raises:
         DataError: missing or unreadable file, or one in colours, whose ids are lost.
     """
     image = _open(path)
+    if black_and_white and image.mode in ("RGB", "RGBA"):
+        pixels = np.asarray(image.convert("RGB"))
+        if (pixels.min(2) == pixels.max(2)).all() and set(np.unique(pixels)) <= {0, 255}:
+            return pixels[..., 0]
     if image.mode not in ("P", "L", "1"):
-        raise DataError(f"{path}: a mask must be a palette or 8-bit grey PNG that holds class ids, this is {image.mode}")
+        raise DataError(
+            f"{path}: a mask must be a palette or 8-bit grey PNG that holds class ids, this is {image.mode}"
+        )
     return np.asarray(image.convert("L") if image.mode == "1" else image)
 
 
@@ -75,9 +85,7 @@ def read_binary(path: Path, value: int | None = None) -> Array:
     Raises:
         DataError: as `read_labels`, or no pixel of foreground.
     """
-    labels = read_labels(path)
-    if labels.dtype != np.uint8:
-        labels = labels.astype(np.uint8)
+    labels = read_labels(path, black_and_white=True)
     if value is None and set(np.unique(labels)) <= {0, 255}:
         binary = (labels == 255).astype(np.uint8)
     else:
@@ -86,6 +94,11 @@ def read_binary(path: Path, value: int | None = None) -> Array:
     if not (binary == 1).any():
         raise DataError(f"{path}: the mask has no pixel of {'foreground' if value is None else f'class {value}'}")
     return binary
+
+
+def read_white(path: Path) -> Array:
+    """(H, W), uint8: 1 where any kind of image is at least half white (FSS-1000), else 0. Errors as `read_image`."""
+    return (np.asarray(_open(path).convert("L")) >= 128).astype(np.uint8)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

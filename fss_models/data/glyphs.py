@@ -16,7 +16,7 @@ from fss_models.data.episodes import Geometry, normalise
 from fss_models.data.folds import fold_classes
 from fss_models.errors import DataError
 
-# One of each set that looks alike in some face, or after a small turn: no F beside E, no c, O, o, 0, s, 5, Π, 1, 8, 9 ...
+# One of each set that looks alike in some face, or after a small turn: no F beside E, no c, O, o, 0, s, 5, 1, 8, 9 ...
 CHARACTERS = "ABCDEGHJKLMNPQRSTUVWXYZabdefghmnrt347&@#?%§¶€£ß±¤‡©÷ΔΞΣΨΩδελμξφω"
 FACES = (
     "DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono DejaVuSansMono-Bold"
@@ -27,14 +27,14 @@ _PIXELS = 96  # height of the cached bitmaps
 _FOLDS = 4
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _font(face: str) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")), _PIXELS)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def bitmap(character: str, face: str) -> Image.Image:
     """The character in a face, white on black, cropped to its ink, ``L``, at most about 100 pixels high."""
     font = _font(face)

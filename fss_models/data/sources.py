@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from fss_models.data.files import Array, inside, read_binary, read_class_labels, read_image, write_bytes
+from fss_models.data.files import Array, inside, read_class_labels, read_image, read_white, write_bytes
 from fss_models.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class _OneClass:
 
 
 def _fss_label(path: Path, class_id: int) -> Array:
-    return read_binary(path)
+    return read_white(path)
 
 
 def _folder(root: str | Path, nested: str, needed: str) -> Path:
@@ -212,16 +212,16 @@ def labelled_source(
     if kind == "pascal":
         count, folder = 20, _folder(root, "VOC2012", "JPEGImages")
         names = dict(enumerate(PASCAL_NAMES, 1))
-        entries = read_list(
-            Path(list_file), folder, "JPEGImages/{}.jpg".format, "SegmentationClassAug/{}.png".format
-        )
+        entries = read_list(Path(list_file), folder, "JPEGImages/{}.jpg".format, "SegmentationClassAug/{}.png".format)
     elif kind == "coco":
         count, folder = 80, _folder(root, "COCO2014", "annotations")
         names = {i: str(i) for i in range(1, count + 1)}
         named = folder / "annotations" / "names.json"
         if named.exists():
             names.update({int(k): v for k, v in json.loads(named.read_text()).items()})
-        entries = read_list(Path(list_file), folder, lambda n: f"{_coco(n)}.jpg", lambda n: f"annotations/{_coco(n)}.png")
+        entries = read_list(
+            Path(list_file), folder, lambda n: f"{_coco(n)}.jpg", lambda n: f"annotations/{_coco(n)}.png"
+        )
     else:
         raise DataError(f"unknown kind of data set {kind!r}; there are pascal and coco")
     wanted, unwanted = sorted(set(classes)), set(without)
