@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from fss_models.data.files import inside, write_bytes, write_png
+from fss_models.data.files import write_bytes, write_png
 from fss_models.errors import DataError
 
 
@@ -31,7 +32,7 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
         How many images, objects and images without objects.
 
     Raises:
-        DataError: a missing or corrupt file, no 80 classes, an image name that leaves the root, pycocotools missing.
+        DataError: a missing or corrupt file, no 80 classes, a name without a split, pycocotools missing.
     """
     try:
         from pycocotools.coco import COCO
@@ -39,6 +40,8 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
         raise DataError("prepare-coco needs pycocotools: pip install 'fss-kernels[models]'") from None
     path = Path(annotations)
     split = path.stem.removeprefix("instances_")
+    if not re.fullmatch(r"\w+", split):
+        raise DataError(f"{path}: the name must be instances_<split>.json; the split is that of the images' folder")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(str(path))
@@ -52,15 +55,14 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
     root, pairs, listed, objects = Path(root), [], [], 0
     for image in tqdm(images, desc=f"label maps of {split}"):
         name = Path(image["file_name"]).stem
-        target = inside(root, f"annotations/{split}/{name}.png", str(path))
         labels = np.zeros((image["height"], image["width"]), np.uint8)
         # crowds first, then from large to small: the last one drawn is on top
         found = coco.loadAnns(coco.getAnnIds(imgIds=[image["id"]]))
         for a in sorted(found, key=lambda a: (not a.get("iscrowd"), -a["area"], a["id"])):
             labels[coco.annToMask(a).astype(bool)] = ids[a["category_id"]] if crowd or not a.get("iscrowd") else 255
         objects += len(found)
-        write_png(target, labels)
-        pairs.append(f"{split}/{image['file_name']} annotations/{split}/{name}.png")
+        write_png(root / "annotations" / split / f"{name}.png", labels)
+        pairs.append(f"{split}/{Path(image['file_name']).name} annotations/{split}/{name}.png")
         listed += [f"{split}/{name}__{c:02d}" for c in np.unique(labels) if 0 < c <= 80]
     write_bytes(root / "lists" / f"{split}.txt", "".join(f"{line}\n" for line in pairs).encode())
     write_bytes(root / "splits" / f"{split}.txt", "".join(f"{line}\n" for line in listed).encode())

@@ -144,8 +144,11 @@ def test_crowds_and_small_objects(tmp_path: Path) -> None:
     crowd[30:, :] = 1
     runs = np.flatnonzero(np.diff(np.concatenate([[0], crowd.T.ravel(), [0]])))
     counts = np.diff(np.concatenate([[0], runs, [crowd.size]])).tolist()
-    content["annotations"].append({"id": 9999, "image_id": first["image_id"], "category_id": 3, "iscrowd": 1, "area": 480,
-                                   "segmentation": {"size": [40, 48], "counts": counts}, "bbox": [0, 30, 48, 10]})  # fmt: skip
+    region = {"size": [40, 48], "counts": counts}
+    content["annotations"].append(
+        {"id": 9999, "image_id": first["image_id"], "category_id": 3, "iscrowd": 1, "area": 480,
+         "segmentation": region, "bbox": [0, 30, 48, 10]}
+    )  # fmt: skip
     annotations.write_text(json.dumps(content))
     prepare_coco(annotations, tmp_path)
     labels = read_labels(tmp_path / "annotations" / "val2014" / f"COCO_val2014_{first['image_id']:012d}.png")
@@ -216,7 +219,8 @@ def test_truth_at_the_original_size(voc_root: Path) -> None:
     episodes = Episodes(pascal(voc_root), shots=1, size=33, seed=0, length=9, how="pad", truth="original")
     for i in range(9):
         episode = episodes[i]
-        stored = np.asarray(Image.open(voc_root / "VOC2012" / episode["names"][0].replace("JPEGImages", "SegmentationClassAug").replace("jpg", "png")))  # fmt: skip  # noqa: E501
+        name = Path(episode["names"][0]).stem
+        stored = np.asarray(Image.open(voc_root / "VOC2012" / "SegmentationClassAug" / f"{name}.png"))
         np.testing.assert_array_equal(episode["truth"] == 1, stored == episode["class_id"])
 
 
@@ -233,24 +237,22 @@ def test_augmentation_moves_image_and_mask_together() -> None:
     for _ in range(30):
         pixels, target = Augment(65, (0.8, 1.25), blur=0)(image, label, rng)
         assert set(target.unique().tolist()) <= {0, 1, 255}
-        seen = pixels[0] > 0.5
-        known = target != 255
-        edge = torch.nn.functional.max_pool2d((target == 1)[None].float(), 3, 1, 1) != (target == 1)[None].float()
-        outside = torch.nn.functional.max_pool2d((~known)[None].float(), 3, 1, 1)[0] > 0
-        assert torch.equal(seen[known & ~edge[0] & ~outside], (target == 1)[known & ~edge[0] & ~outside])
-        inner = torch.nn.functional.max_pool2d(known[None].float(), 5, 1, 2)[0] == 0
-        assert (
-            torch.allclose(pixels[:, inner].mean(1), torch.tensor([0.485, 0.456, 0.406]), atol=1e-5) or not inner.any()
-        )
+        # a pixel counts if all its neighbours say the same: at edges the two resamplings differ
+        around = torch.nn.functional.pad(target[None].float(), (1, 1, 1, 1), mode="replicate")
+        around = around.unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)[0]
+        sure = around.amin(-1) == around.amax(-1)
+        assert torch.equal((pixels[0] > 0.5)[sure & (target != 255)], (target == 1)[sure & (target != 255)])
+        filled = pixels[:, sure & (target == 255)]
+        assert torch.allclose(filled, torch.tensor([[0.485], [0.456], [0.406]]).expand_as(filled), atol=1e-5)
         changed += int((target == 255).any())
     assert changed
 
 
 def test_crop_keeps_the_foreground() -> None:
     rng = np.random.default_rng(1)
-    label = np.zeros((200, 200), np.uint8)
+    label = np.zeros((100, 100), np.uint8)
     label[5:20, 5:20] = 1
-    augment = Augment(65, (1.0, 1.0), degrees=0.0, blur=0, tries=200)
+    augment = Augment(65, (1.0, 1.0), degrees=0.0, blur=0, tries=400)
     kept = [int((augment(label[..., None].repeat(3, 2), label, rng)[1] == 1).sum()) for _ in range(20)]
     assert min(kept) >= 0.85 * 225
 
@@ -341,7 +343,7 @@ def test_lists_that_cannot_be_used(tmp_path: Path) -> None:
     for content, text in (
         (b"", "bad.txt: the list is empty"),
         (b"2007_001000 and more\n", "bad.txt:1: neither 'name__class' nor 'image label'"),
-        (pickle.dumps({1: ["\udcff"]} if False else {1: [b"\xff\xfe"]}), "pickled ones are never read"),
+        (pickle.dumps({1: ["COCO_val2014_1.jpg"]}), "pickled ones are never read"),
         (b"JPEGImages/../../../etc/passwd a.png\n", "bad.txt:1: .* is outside of the data root"),
         (b"/etc/passwd a.png\n", "is outside of the data root"),
         (b"../2007_001000__01\n../../../x__01\n", "bad.txt:2: .* is outside of the data root"),
@@ -353,7 +355,7 @@ def test_lists_that_cannot_be_used(tmp_path: Path) -> None:
         labelled_source("pascal", tmp_path, base / "none.txt", [1])
     with pytest.raises(DataError, match="no folder JPEGImages"):
         labelled_source("pascal", tmp_path / "nowhere", bad, [1])
-    with pytest.raises(DataError, match="needs data.root"):
+    with pytest.raises(DataError, match=r"needs data\.root"):
         source_of(DataConfig("hsnet-pascal"), "test")
 
 
@@ -391,11 +393,15 @@ def test_corrupt_coco_json(tmp_path: Path, content: bytes) -> None:
 def test_coco_image_names_stay_inside(tmp_path: Path) -> None:
     annotations = builders.coco_json(tmp_path, "val2014", per_class=1)
     assert prepare_coco(annotations, tmp_path)["images"] == 80
-    outside = tmp_path.parent / "instances_..%2f"
-    assert not outside.exists()
-    evil = annotations.with_name("instances_...json")  # split ".."
+    content = json.loads(annotations.read_text())
+    content["images"][0]["file_name"] = "../../../outside.jpg"
+    annotations.write_text(json.dumps(content))
+    prepare_coco(annotations, tmp_path)
+    assert (tmp_path / "annotations" / "val2014" / "outside.png").exists()
+    assert "val2014/outside.jpg annotations/val2014/outside.png" in (tmp_path / "lists" / "val2014.txt").read_text()
+    evil = annotations.with_name("instances_...json")
     evil.write_text(annotations.read_text())
-    with pytest.raises(DataError, match="outside of the data root"):
+    with pytest.raises(DataError, match=r"the name must be instances_<split>.json"):
         prepare_coco(evil, tmp_path / "deep")
 
 
