@@ -156,13 +156,19 @@ class DPNetHead(nn.Module):
         prototypes = 2 if mfm == "concat" else 1
         self.fusion = FeatureEnrichment(channels, prototypes * channels + use_prior, bins, cls_dropout)
 
-    def forward(self, query: Features, support: Features, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Query (B, C, h, w), support (B*S, C, h, w), foreground weights (B, S, H, W): logits, inner logits."""
+    def forward(
+        self, query: Features, support: Features, mask: Tensor, masked_stage4: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Query (B, C, h, w), support (B*S, C, h, w), foreground weights (B, S, H, W): logits, inner logits.
+
+        ``masked_stage4`` replaces stage 4 of the support in the prior mask.
+        """
         x_q, x_s = self.down_query(query), self.down_support(support)
         prototype = mean_prototype(x_s, resized(mask, x_s.shape[-2:]), self.pool_eps)
         pseudo = self.ccm(query, support, x_q, x_s, mask, prototype)
         tokens = [p[..., None, None] for p in self.pim(prototype, pseudo)]
-        prior = [self.prior(query.stage4, support.stage4, mask, x_q)] if self.use_prior else []
+        compared = support.stage4 if masked_stage4 is None else masked_stage4
+        prior = [self.prior(query.stage4, compared, mask, x_q)] if self.use_prior else []
         branches = [[*tokens, *prior]] if self.mfm == "concat" else [[token, *prior] for token in tokens]
         return self.fusion(x_q, branches)
 
@@ -280,7 +286,9 @@ class DPNet(FewShotModel):
         )
 
     def _results(self, query: Features, support: Features, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.head(query, support, weights_of(labels == 1, query.stage4))
+        mask = weights_of(labels == 1, query.stage4)
+        masked = self.with_masked_stage4(support, mask).stage4 if self.premask_layer4 else None
+        return self.head(query, support, mask, masked)
 
     def segment(self, query: Features, support: Features, labels: Tensor) -> Tensor:
         """Logits (B, 2, h, w), see `FewShotModel.segment`."""

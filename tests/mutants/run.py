@@ -26,14 +26,17 @@ ROOT = Path(__file__).parents[2]
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
+NETWORKS = "models"  # faults of fss_models: Python only, with tests of their own
 
 
-def prepare(directory: str) -> Path:
-    """A copy of the project with its compiled library: a fault then rebuilds only the sources it touches."""
+def prepare(directory: str, compiled: bool) -> Path:
+    """A copy of the project with its compiled library: a fault then rebuilds only the sources it touches. Without
+    ``compiled`` it keeps the library of the project."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "report", "__pycache__", ".*_cache")
     copy = Path(directory, "project")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    build(copy)
+    if compiled:
+        build(copy)
     return copy
 
 
@@ -58,9 +61,15 @@ def catch(patch: Path, copy: Path) -> str | None:
             build(copy)
         if "triton_kernels" in first_line:
             return failure(copy, ["tests/interpreted"], interpreted=True)
-        return failure(copy, [*TESTS, *LATER, "-k", selection({patch.parent.name})])
+        return failure(copy, suites({patch.parent.name})[0])
     finally:
         subprocess.run(["patch", "-p1", "-s", "-R", "-i", patch], cwd=copy, check=True)
+
+
+def suites(ops: set[str]) -> list[list[str]]:
+    """What to run for faults in these ops, a call of pytest each."""
+    own = ops - {NETWORKS}
+    return [[*TESTS, *LATER, "-k", selection(own)]] * bool(own) + [["tests/models"]] * (NETWORKS in ops)
 
 
 def selection(ops: set[str]) -> str:
@@ -87,11 +96,13 @@ def main(names: list[str]) -> int:
         workers = min(os.cpu_count() or 1, len(patches))
         directories = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(workers)]
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for copy in thread_map(prepare, directories, max_workers=workers, desc="copies"):
+        ops = {p.parent.name for p in patches}
+        compiled = [bool(ops - {NETWORKS})] * workers
+        for copy in thread_map(prepare, directories, compiled, max_workers=workers, desc="copies"):
             copies.put(copy)
         # no fault at all: everything must pass, or every fault would be "caught"
         copy = copies.get()
-        failed = failure(copy, [*TESTS, *LATER, "-k", selection({p.parent.name for p in patches})])
+        failed = next((f for suite in suites(ops) if (f := failure(copy, suite))), None)
         if failed is not None:
             print(f"mutants: the tests fail without any fault: {failed}")
             return 1
