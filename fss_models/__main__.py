@@ -68,6 +68,16 @@ def _commands() -> dict[str, tuple[Callable[[Any], int], Any]]:
     }
 
 
+def _config_file(arguments: list[str]) -> str:
+    """What ``--config`` names, for messages that do not."""
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            return arguments[i + 1] if i + 1 < len(arguments) else ""
+        if argument.startswith("--config="):
+            return argument.partition("=")[2]
+    return ""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: every command is a dataclass, from YAML (``--config``) and the command line. The exit code."""
     try:
@@ -92,7 +102,11 @@ def main(arguments: list[str] | None = None) -> int:
         function, kind = functions[name]
         return function(kind(**config.as_dict()) if not isinstance(config, kind) else config)
     except (ArgumentError, UserError) as error:
-        print(f"fss-models: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        given = _config_file(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(error, ArgumentError) and given and given not in text:
+            text = f"{given}: {text}"
+        print(f"fss-models: {text}", file=sys.stderr)
         return 2
 
 

@@ -185,7 +185,7 @@ class _Run:
             "losses": self.losses,
             "skipped_in_a_row": self.skipped_in_a_row,
             "bad_files": list(self.bad.messages),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
         }
 

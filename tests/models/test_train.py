@@ -170,7 +170,7 @@ def test_mixed_precision_and_adamw(tmp_path: Path, amp: str) -> None:
 
 def test_gradients_that_stay_infinite_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fss_models.DPCN, "loss", lambda self, *episode: _nan(self))
-    with pytest.raises(UserError, match=r"step 3: the gradients of 3 steps in a row are not finite"):
+    with pytest.raises(UserError, match=r"step 2: the gradients of 3 steps in a row are not finite"):
         train(config(tmp_path, steps=10, non_finite_limit=2))
 
 
