@@ -2,8 +2,8 @@
 
 Glyph fold 0, one network for each method, trained with one shot and judged with one and five on the 16 unseen
 characters. Every method trains the same tiny backbone end to end for the same steps; its learning rate is the one of
-`RATES` that does best on new episodes of its *training* characters with seed 0, and then serves all seeds. One JSON file
-a run in benchmarks/results/glyphs; what is there is not run again, and a run that was killed goes on.
+`RATES` that does best on new episodes of its *training* characters with seed 0, and then serves all seeds. One JSON
+file a run in benchmarks/results/glyphs; what is there is not run again, and a run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def table() -> int:
 def markdown() -> str:
     """The table of `table`."""
     lines = [
-        "| method | mIoU, 1 shot | FB-IoU, 1 shot | mIoU, 5 shots | FB-IoU, 5 shots | learning rate | parameters | seeds |",
+        "| method | mIoU, 1 shot | FB-IoU, 1 shot | mIoU, 5 shots | FB-IoU, 5 shots | rate | parameters | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows():

@@ -244,7 +244,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Runs a protocol's episodes for each seed; the result, which is also written to ``out``.
 
     Returns:
-        ``protocol``, ``data``, ``model``, ``checkpoint``, ``step``, ``seeds`` (a result of `EpisodeIoU` each), ``miou``
+        ``protocol``, ``data``, ``trained_on``, ``model``, ``checkpoint``, ``step``, ``seeds`` (a result of `EpisodeIoU` each), ``miou``
         and ``fb_iou`` (mean and standard deviation over the seeds, in percent), ``bad_files``, ``environment``.
 
     Raises:
@@ -253,11 +253,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     with processes(config.device) as group:
         if config.checkpoint:
             model, trained, step = checkpoints.load_model(config.checkpoint)
-            data, described = config.data or trained.data, trained.model
+            data, described, trained_on = config.data or trained.data, trained.model, dataclasses.asdict(trained.data)
+            if (data.protocol, data.fold) != (trained.data.protocol, trained.data.fold):
+                _log.warning("trained on %s fold %d, evaluated on %s fold %d: classes may not be unseen",
+                             trained.data.protocol, trained.data.fold, data.protocol, data.fold)  # fmt: skip
         else:
             torch.manual_seed(config.seed)
             model, step = checkpoints.build_model(config.model).eval(), 0
-            data, described = config.data or DataConfig(), config.model
+            data, described, trained_on = config.data or DataConfig(), config.model, None
         model.to(group.device)
         if config.shots is not None:
             data = dataclasses.replace(data, shots=config.shots)
@@ -287,6 +290,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "protocol": {"name": data.protocol, **dataclasses.asdict(chosen), "episodes": count, "seeds": seeds,
                          "scales": list(config.scales), "part": config.part},
             "data": dataclasses.asdict(data),
+            "trained_on": trained_on,
             "model": dataclasses.asdict(described),
             "checkpoint": config.checkpoint,
             "step": step,

@@ -25,7 +25,7 @@ class PredictConfig:
     Attributes:
         checkpoint: file, checkpoint folder or run folder.
         query: image to segment.
-        support: images that show the class.
+        support: image that shows the class, or a list of them.
         mask: their masks, one each.
         value: the id in the masks that is foreground. None: everything but 0; 255 only if there is no other id.
         out: folder for <query>_mask.png (0 and 255, at the query's size) and <query>_overlay.png.
@@ -37,8 +37,8 @@ class PredictConfig:
 
     checkpoint: str
     query: str
-    support: list[str]
-    mask: list[str]
+    support: list[str] | str
+    mask: list[str] | str
     value: int | None = None
     out: str = "predictions"
     size: int | None = None
@@ -54,8 +54,9 @@ def predict(config: PredictConfig) -> tuple[Path, Path]:
         UserError: in one line: a file that is missing or cannot be read, a mask without foreground or of another size
             than its image, not as many masks as images, a bad checkpoint.
     """
-    if not config.support or len(config.support) != len(config.mask):
-        raise ConfigError(f"needs one mask for each support image, got {len(config.support)} and {len(config.mask)}")
+    shown_in, masked_by = ([given] if isinstance(given, str) else given for given in (config.support, config.mask))
+    if not shown_in or len(shown_in) != len(masked_by):
+        raise ConfigError(f"needs one mask for each support image, got {len(shown_in)} images, {len(masked_by)} masks")
     if not config.scales:
         raise ConfigError("scales must not be empty")
     check_size(config.size)
@@ -65,7 +66,7 @@ def predict(config: PredictConfig) -> tuple[Path, Path]:
     image = read_image(Path(config.query))
     query, _, geometry = fit(image, None, size, chosen.fit)
     supports, masks = [], []
-    for image_path, mask_path in zip(config.support, config.mask, strict=True):
+    for image_path, mask_path in zip(shown_in, masked_by, strict=True):
         shown, label = read_image(Path(image_path)), read_binary(Path(mask_path), config.value)
         if shown.shape[:2] != label.shape:
             raise DataError(

@@ -116,9 +116,9 @@ class Episodes(Dataset):
             class_id = int(rng.choice(self.class_ids))
             items = self.source.classes[class_id]
             query = items[int(rng.integers(len(items)))]
-        others = [item for item in self.source.classes[class_id] if item != query]
-        chosen = rng.choice(len(others), self.shots, replace=False)
-        return class_id, [query, *(others[int(i)] for i in chosen)], rng
+        items = self.source.classes[class_id]
+        drawn = (items[int(i)] for i in rng.choice(len(items), self.shots + 1, replace=False))
+        return class_id, [query, *[item for item in drawn if item != query][: self.shots]], rng
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         bad: list[str] = []

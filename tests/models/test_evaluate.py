@@ -218,8 +218,8 @@ def test_predict_refuses_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture
 
     def predicted(query: str, support: str, mask: str, *more: str) -> str:
         files = [f"{tmp_path}/{name}" for name in (query, support, mask)]
-        command = ["predict", "--checkpoint", str(tmp_path / "run"), "--query", files[0], "--support", f"[{files[1]}]"]
-        return refused([*command, "--mask", f"[{files[2]}]", "--out", str(tmp_path / "out"), *more], capsys)
+        command = ["predict", "--checkpoint", str(tmp_path / "run"), "--query", files[0], "--support", files[1]]
+        return refused([*command, "--mask", files[2], "--out", str(tmp_path / "out"), *more], capsys)
 
     assert f"{tmp_path}/none.png: no such file" in predicted("none.png", "image.png", "mask.png")
     assert f"{tmp_path}/text.png: not a readable image" in predicted("image.png", "text.png", "mask.png")
@@ -230,6 +230,7 @@ def test_predict_refuses_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture
         "image.png", "image.png", "small.png"
     )
     assert "no pixel of class 9" in predicted("image.png", "image.png", "mask.png", "--value", "9")
+    assert "got 1 images, 2 masks" in predicted("image.png", "image.png", "mask.png", "--mask", "[a, b]")
     assert "8n + 1, got 40" in predicted("image.png", "image.png", "mask.png", "--size", "40")
     assert not (tmp_path / "out").exists()
 
