@@ -25,7 +25,9 @@ def _evaluate(config: Any) -> int:
 
     result = evaluate(config)
     if os.environ.get("RANK", "0") == "0":
-        summary = {name: {k: round(v, 2) for k, v in result[name].items()} for name in ("miou", "fb_iou")}
+        summary: dict[str, Any] = {
+            name: {k: round(v, 2) for k, v in result[name].items()} for name in ("miou", "fb_iou")
+        }
         summary["bad_files"] = len(result["bad_files"])
         print(json.dumps(summary))
     return 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fss_models.config import Config, ModelConfig, from_dict, to_dict
 from fss_models.errors import CheckpointError, ConfigError
+from fss_models.model import FewShotModel
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
 _NAME = re.compile(r"step-(\d{8})$")
@@ -142,7 +143,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: Path, described: M
     model.load_state_dict(tensors)
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> FewShotModel:
     """The network of a configuration; ConfigError for anything its constructor refuses."""
     import fss_models
 
@@ -152,7 +153,7 @@ def build_model(config: ModelConfig) -> nn.Module:
         raise ConfigError(f"model {config.name}: {' '.join(str(error).split())}") from None
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, Config, int]:
+def load_model(path: str | Path) -> tuple[FewShotModel, Config, int]:
     """The network of a checkpoint, in evaluation mode, with its configuration and step."""
     import dataclasses
 

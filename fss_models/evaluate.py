@@ -209,7 +209,8 @@ def measure(
     loader = DataLoader(
         episodes, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator()
     )
-    bad, rows = BadFiles(bad_limit), []
+    bad = BadFiles(bad_limit)
+    rows: list[Array] = []
     for items in tqdm(loader, desc=label, unit="batch", disable=None if group.first else True):
         bad.add(items["bad"])
         query, support, mask, _ = to_batch(items, group.device)
@@ -244,8 +245,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Runs a protocol's episodes for each seed; the result, which is also written to ``out``.
 
     Returns:
-        ``protocol``, ``data``, ``trained_on``, ``model``, ``checkpoint``, ``step``, ``seeds`` (a result of `EpisodeIoU` each), ``miou``
-        and ``fb_iou`` (mean and standard deviation over the seeds, in percent), ``bad_files``, ``environment``.
+        ``protocol``, ``data``, ``trained_on``, ``model``, ``checkpoint``, ``step``, ``seeds`` (a result of `EpisodeIoU`
+        each), ``miou`` and ``fb_iou`` (mean and standard deviation over the seeds, in percent), ``bad_files``,
+        ``environment``.
 
     Raises:
         UserError: in one line, anything the user can put right.

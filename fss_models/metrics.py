@@ -34,6 +34,7 @@ class EpisodeIoU(Metric):
     intersection: Tensor
     union: Tensor
     episodes: Tensor
+    ids: Tensor
 
     def __init__(self, classes: Sequence[int], names: Mapping[int, str] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

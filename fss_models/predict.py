@@ -67,13 +67,13 @@ def predict(config: PredictConfig) -> tuple[Path, Path]:
     query, _, geometry = fit(image, None, size, chosen.fit)
     supports, masks = [], []
     for image_path, mask_path in zip(shown_in, masked_by, strict=True):
-        shown, label = read_image(Path(image_path)), read_binary(Path(mask_path), config.value)
-        if shown.shape[:2] != label.shape:
+        picture, label = read_image(Path(image_path)), read_binary(Path(mask_path), config.value)
+        if picture.shape[:2] != label.shape:
             raise DataError(
                 f"{mask_path}: mask of {label.shape[1]}x{label.shape[0]} for an image of "
-                f"{shown.shape[1]}x{shown.shape[0]}"
+                f"{picture.shape[1]}x{picture.shape[0]}"
             )
-        pixels, target, _ = fit(shown, label, size, chosen.fit)
+        pixels, target, _ = fit(picture, label, size, chosen.fit)
         assert target is not None
         if not bool((target == 1).any()):
             raise DataError(f"{mask_path}: the foreground vanishes at {size} pixels")
@@ -82,7 +82,8 @@ def predict(config: PredictConfig) -> tuple[Path, Path]:
     with processes(config.device) as group, torch.inference_mode():
         model.to(group.device)
         inputs = (normalise(query)[None], torch.stack(supports)[None], torch.stack(masks)[None])
-        chances = probabilities(model, *(t.to(group.device) for t in inputs), scales=config.scales)[0]
+        asked, shown, masked = (t.to(group.device) for t in inputs)
+        chances = probabilities(model, asked, shown, masked, config.scales)[0]
         found = (at_truth(chances, geometry, geometry.original) > config.threshold).cpu().numpy().astype(np.uint8)
     stem = Path(config.out, Path(config.query).stem)
     paths = stem.with_name(f"{stem.name}_mask.png"), stem.with_name(f"{stem.name}_overlay.png")

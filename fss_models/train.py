@@ -24,6 +24,7 @@ from fss_models.data.build import train_episodes
 from fss_models.data.episodes import collate, to_batch
 from fss_models.data.files import write_bytes
 from fss_models.errors import CheckpointError, ConfigError, DataError, UserError
+from fss_models.model import FewShotModel
 from fss_models.optimisation import StepGuard, parameter_groups
 from fss_models.processes import Processes, processes
 
@@ -78,7 +79,7 @@ class BadFiles:
 class _Loss(nn.Module):
     """The model's loss as a forward, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: FewShotModel) -> None:
         super().__init__()
         self.model = model
 
@@ -96,7 +97,7 @@ def rate(optim: OptimConfig, step: int) -> float:
     return min(1.0, (step + 1) / optim.warmup if optim.warmup else 1.0) * (1 - step / optim.steps) ** optim.power
 
 
-def _optimizer(config: Config, model: Any) -> torch.optim.Optimizer:
+def _optimizer(config: Config, model: FewShotModel) -> torch.optim.Optimizer:
     optim = config.optim
     groups = parameter_groups(model, optim.lr, optim.backbone_lr)
     if not groups:
@@ -163,7 +164,8 @@ class _Run:
         self.guard = StepGuard(optim.clip)
         self.scaler = torch.amp.GradScaler(group.device.type) if optim.amp == "fp16" else None
         self.bad = BadFiles(config.data.bad_limit)
-        self.step, self.losses, self.skipped_in_a_row = 0, [], 0
+        self.step, self.skipped_in_a_row = 0, 0
+        self.losses: list[float] = []
         torch.manual_seed(config.seed + 1 + group.rank)  # dropout differs between processes
         if found:
             self._load(found[-1])
@@ -250,8 +252,8 @@ class _Run:
             batch = next(pieces)
             self.bad.add(batch["bad"])
             last = a == optim.accumulate - 1
-            wrapped = isinstance(module, DistributedDataParallel)
-            with contextlib.nullcontext() if last or not wrapped else module.no_sync():
+            alone = isinstance(module, DistributedDataParallel) and not last
+            with module.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
                 with torch.autocast(device.type, _DTYPES.get(optim.amp), enabled=optim.amp != "no"):
                     loss = module(*to_batch(batch, device)) / optim.accumulate
                 (self.scaler.scale(loss) if self.scaler else loss).backward()

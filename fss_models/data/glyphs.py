@@ -59,6 +59,7 @@ def _colour(rng: np.random.Generator, away_from: npt.NDArray[np.float32] | None 
 def _texture(rng: np.random.Generator, size: int, colour: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """(size, size, 3): a colour with clouds, stripes or a gradient on it."""
     kind = rng.integers(4)
+    field: npt.NDArray[np.floating]
     strength = rng.uniform(0.05, 0.25)
     if kind == 0:
         field = np.zeros((size, size), np.float32)
@@ -72,7 +73,7 @@ def _texture(rng: np.random.Generator, size: int, colour: npt.NDArray[np.float32
         ramp = np.float32(np.cos(angle)) * line + np.float32(np.sin(angle)) * line[:, None]
         field = np.sin(ramp * np.float32(2 * np.pi / period)) if kind == 2 else ramp / np.float32(size)
     tint = rng.uniform(-1, 1, 3).astype(np.float32)
-    return colour + np.float32(strength) * field[..., None] * tint
+    return (colour + np.float32(strength) * field[..., None] * tint).astype(np.float32)
 
 
 class GlyphEpisodes(Dataset):
@@ -194,4 +195,4 @@ class GlyphEpisodes(Dataset):
         padded.paste(small, (2, 2))
         data = (*data[:2], data[2] + 2, *data[3:5], data[5] + 2)
         turned = padded.transform((size, size), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
-        return np.asarray(turned, np.float32) / 255
+        return np.asarray(turned, np.float32) / np.float32(255)
