@@ -31,9 +31,9 @@ from fss_models.train import train
 
 RESULTS = environment.ROOT / "benchmarks" / "results" / "glyphs"
 RUNS = environment.ROOT / "build" / "glyphs"
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
-STEPS, BATCH, SIZE = 1500, 8, 81
+STEPS, BATCH, SIZE = 1500, 8, 65
 EPISODES = 500
 SHOTS = (1, 5)
 _CHOICE_SEED, _TEST_SEED = 1000, 2000  # of episodes; training uses the run's own seed

@@ -42,10 +42,10 @@ class DemoConfig:
     """
 
     out: str = "report/demo"
-    steps: int = 250
+    steps: int = 400
     batch: int = 8
     size: int = 65
-    lr: float = 0.05
+    lr: float = 3e-3
     episodes: int = 200
     seed: int = 0
     pictures: int = 6
@@ -62,7 +62,7 @@ def demo(config: DemoConfig) -> int:
     run = Config(
         data=DataConfig("glyphs", size=config.size),
         model=ModelConfig("dpcn", "tiny", options=SMALL["dpcn"]),
-        optim=OptimConfig(steps=config.steps, batch=config.batch, lr=config.lr, warmup=20, clip=5.0),
+        optim=OptimConfig("adamw", steps=config.steps, batch=config.batch, lr=config.lr, warmup=30, clip=1.0),
         out=str(out / "run"),
         seed=config.seed,
         device="cpu",

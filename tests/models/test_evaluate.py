@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import builders
@@ -24,6 +25,15 @@ from fss_models.data.episodes import Geometry
 from fss_models.evaluate import AllForeground, EvalConfig, at_truth, evaluate, measure, overlay, probabilities
 
 MODEL = ["--model.name", "dpcn", "--model.options", '{"channels": 16, "dilations": [1, 2]}']
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pascal(root: Path) -> tuple[str, list[str]]:
