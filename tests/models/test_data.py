@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import pickle
+import pkgutil
 from pathlib import Path
 
 import builders
@@ -433,3 +436,13 @@ def test_build_uses_the_protocol(voc_root: Path) -> None:
     name = voc_root / "VOC2012" / test[0]["names"][0]
     expected = fit(read_image(name), None, 33, "pad")[0]
     assert torch.allclose(image, expected, atol=1e-5)
+
+
+def test_examples_of_the_docstrings() -> None:
+    import fss_models.data
+
+    modules = [
+        importlib.import_module(f"fss_models.data.{m.name}") for m in pkgutil.iter_modules(fss_models.data.__path__)
+    ]
+    results = [doctest.testmod(module) for module in modules]
+    assert sum(r.failed for r in results) == 0 and sum(r.attempted for r in results) >= 6
