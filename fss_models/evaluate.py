@@ -223,7 +223,7 @@ def measure(
                 write_png(save / f"{int(items['index'][i])}.png", judged.cpu().numpy().astype(np.uint8) * 255)
             if group.first and len(rows) < pictures:
                 rows.append(row_of({k: items[k][i] for k in ("query", "support", "mask", "target")}, chances[i] > 0.5))
-    return Outcome(metric.compute(), list(bad.messages), rows)
+    return Outcome(metric.compute(), group.union(list(bad.messages)), rows)
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

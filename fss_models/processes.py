@@ -46,6 +46,13 @@ class Processes:
         """The sum of a number over all processes."""
         return float(torch.stack(self.gather(torch.tensor(value, dtype=torch.float64))).sum())
 
+    def union(self, texts: list[str]) -> list[str]:
+        """The different texts of all processes, sorted."""
+        gathered: list[list[str]] = [texts] * self.count
+        if self.count > 1:
+            dist.all_gather_object(gathered, texts)
+        return sorted({text for part in gathered for text in part})
+
     def barrier(self) -> None:
         """Waits for all."""
         if self.count > 1:
