@@ -184,6 +184,16 @@ def test_generators_do_not_share_parameters_and_taps_are_in_order():
     torch.testing.assert_close(horizontal[..., 0, :], dcm.generators["horizontal"](tokens))
 
 
+def test_without_foreground_every_band_is_the_prototype():
+    """A mask too thin for the threshold still has a prototype; a sample with foreground keeps its bands."""
+    dcm, support, weights, _ = kernels_of(5)
+    weights = weights * torch.tensor([0.4, 1.0])[:, None, None, None]
+    p = literal.pooled(support, weights[:, 0])
+    bands = dcm.prototypes(support, weights, weights, p, 5)
+    torch.testing.assert_close(bands, literal.token_bands(support[:, None], weights, p, 5))
+    torch.testing.assert_close(bands[0], p[0][:, None].expand(-1, 5))
+
+
 def test_square_from_the_foreground():
     dcm, support, weights, p = kernels_of(3, square_from="fg")
     square = dcm.kernels(support, weights, weights, p)[2]

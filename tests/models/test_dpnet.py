@@ -19,7 +19,7 @@ def head_of(**options):
     backbone = torch.nn.Module()
     backbone.channels = (6, 10, 12)
     torch.manual_seed(3)
-    options = {"channels": 8, "bins": (6, 4), "mid_dropout": 0.0, "cls_dropout": 0.0} | options
+    options = {"channels": 8, "bins": (6, 4, 3), "mid_dropout": 0.0, "cls_dropout": 0.0} | options
     return DPNet(backbone, **options).double().head
 
 
@@ -50,7 +50,7 @@ def test_head_is_the_specification(shots, empty):
         mask[0] = 0
     inputs = [*query[:2], *support[:2], *head.parameters()]
     logits, inner = head(query, support, mask)
-    expected, expected_inner = literal.dpnet_logits(dict(head.named_parameters()), query, support, mask, (6, 4))
+    expected, expected_inner = literal.dpnet_logits(dict(head.named_parameters()), query, support, mask, (6, 4, 3))
     for got, want in zip([logits, *inner], [expected, *expected_inner], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     probe = randn(*logits.shape, seed=9)
