@@ -1,0 +1,116 @@
+"""``fss-models train | evaluate | predict | demo | prepare-coco``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fss_models.errors import UserError
+
+
+def _train(config: Any) -> int:
+    from fss_models.train import train
+
+    print(f"{train(config)}")
+    return 0
+
+
+def _evaluate(config: Any) -> int:
+    import os
+
+    from fss_models.evaluate import evaluate
+
+    result = evaluate(config)
+    if os.environ.get("RANK", "0") == "0":
+        summary: dict[str, Any] = {
+            name: {k: round(v, 2) for k, v in result[name].items()} for name in ("miou", "fb_iou")
+        }
+        summary["bad_files"] = len(result["bad_files"])
+        print(json.dumps(summary))
+    return 0
+
+
+def _predict(config: Any) -> int:
+    from fss_models.predict import predict
+
+    for path in predict(config):
+        print(path)
+    return 0
+
+
+def _demo(config: Any) -> int:
+    from fss_models.demo import demo
+
+    return demo(config)
+
+
+def _prepare_coco(config: Any) -> int:
+    from fss_models.data.coco import prepare_coco
+
+    print(json.dumps(prepare_coco(config.annotations, config.root, crowd=config.crowd)))
+    return 0
+
+
+def _commands() -> dict[str, tuple[Callable[[Any], int], Any]]:
+    from fss_models.config import Config
+    from fss_models.data.coco import CocoConfig
+    from fss_models.demo import DemoConfig
+    from fss_models.evaluate import EvalConfig
+    from fss_models.predict import PredictConfig
+
+    return {
+        "train": (_train, Config),
+        "evaluate": (_evaluate, EvalConfig),
+        "predict": (_predict, PredictConfig),
+        "demo": (_demo, DemoConfig),
+        "prepare-coco": (_prepare_coco, CocoConfig),
+    }
+
+
+def _config_file(arguments: list[str]) -> str:
+    """What ``--config`` names, for messages that do not."""
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            return arguments[i + 1] if i + 1 < len(arguments) else ""
+        if argument.startswith("--config="):
+            return argument.partition("=")[2]
+    return ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: every command is a dataclass, from YAML (``--config``) and the command line. The exit code."""
+    try:
+        from jsonargparse import ArgumentError, ArgumentParser
+    except ImportError:
+        print("fss-models needs jsonargparse: pip install 'fss-kernels[models]'", file=sys.stderr)
+        return 2
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    functions = _commands()
+    parser = ArgumentParser(prog="fss-models", description=__doc__, exit_on_error=False)
+    subcommands = parser.add_subcommands()
+    for name, (_, kind) in functions.items():
+        command = ArgumentParser(description=(kind.__doc__ or "").partition("\n")[0], exit_on_error=False)
+        command.add_argument("--config", action="config", help="YAML file of these options")
+        command.add_class_arguments(kind, as_group=False)
+        subcommands.add_subcommand(name, command)
+    try:
+        chosen = parser.parse_args(arguments)
+        name = chosen.subcommand
+        config = parser.instantiate(chosen)[name]
+        config.pop("config", None)
+        function, kind = functions[name]
+        return function(kind(**config.as_dict()) if not isinstance(config, kind) else config)
+    except (ArgumentError, UserError) as error:
+        text = " ".join(str(error).split())
+        given = _config_file(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(error, ArgumentError) and given and given not in text:
+            text = f"{given}: {text}"
+        print(f"fss-models: {text}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The demo with everything cut down: what it writes, and when it fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fss_models.demo import DemoConfig, demo
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_writes_pictures_and_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    small = DemoConfig(out=str(tmp_path), steps=1, batch=2, size=33, episodes=5, pictures=2, check=False)
+    assert demo(small) == 0
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert set(result["scores"]) == {"DPCN, trained", "prototype cosine, untrained", "foreground everywhere"}
+    assert result["pictures"] == ["episode-0.png", "episode-1.png"]
+    for name in result["pictures"]:
+        assert np.asarray(Image.open(tmp_path / name)).shape == (33, 4 * 33, 3)
+    assert Image.open(tmp_path / "grid.png").size == (132, 14 + 66)
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_fails_when_nothing_was_learned(tmp_path: Path) -> None:
+    # one step leaves the network with its random prediction; a second call trains anew in the same folder
+    config = DemoConfig(out=str(tmp_path), steps=1, batch=2, size=33, episodes=5, pictures=1, lr=1e-9)
+    codes = [demo(config) for _ in range(2)]
+    better = json.loads((tmp_path / "demo.json").read_text())["better_than_baselines"]
+    assert codes == [int(not better)] * 2

@@ -1,0 +1,64 @@
+"""The driver of the glyph experiment, with the size of everything cut down: what it picks, skips and prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import glyphs
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(glyphs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(glyphs, "RUNS", glyphs.environment.ROOT / "build" / tmp_path.name)
+    monkeypatch.setattr(glyphs, "SIZE", 33)
+    monkeypatch.setattr(glyphs, "BATCH", 2)
+    real = glyphs.one
+    monkeypatch.setattr(glyphs, "one", lambda *run: real(*run, steps=2, episodes=4))
+    return tmp_path / "results"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def stored(folder: Path, method: str, rate: float, seed: int, score: float, test: float = 10.0) -> None:
+    shots = {str(s): {"miou": test + s, "fb_iou": 50.0} for s in glyphs.SHOTS}
+    content = {"training_classes": {"miou": score}, "shots": shots, "curve": [[1, 0.5]], "parameters": 7}
+    glyphs.environment.write_json(folder / f"{glyphs._name(method, rate, seed)}.json", content)
+
+
+def test_rate_is_chosen_on_training_classes(small: Path) -> None:
+    low, middle, high = glyphs.RATES
+    assert glyphs.chosen_rate("dpcn") is None
+    assert glyphs.pending(["dpcn"], [0, 1, 2]) == [("dpcn", r, 0) for r in glyphs.RATES]
+    for rate, score, test in ((low, 20.0, 90.0), (middle, 30.0, 10.0), (high, 25.0, 50.0)):
+        stored(small, "dpcn", rate, 0, score, test)
+    assert glyphs.chosen_rate("dpcn") == middle
+    assert glyphs.pending(["dpcn"], [0, 1, 2]) == [("dpcn", middle, 1), ("dpcn", middle, 2)]
+    stored(small, "dpcn", middle, 1, 0.0, 14.0)
+    (row,) = glyphs.rows()
+    assert row["values"][1, "miou"] == [11.0, 15.0]
+    assert "| DPCN | 13.0 ± 2.8 | 50.0 ± 0.0 | 17.0 ± 2.8 | 50.0 ± 0.0 | 0.002 | 7 | 2 |" in glyphs.markdown()
+    assert glyphs.svg().startswith("<svg")
+
+
+def test_runs_and_does_not_repeat(small: Path, capsys: pytest.CaptureFixture) -> None:
+    assert glyphs.run(["panet-untrained", "panet"], [0], limit=2) == 0
+    files = sorted(small.iterdir())
+    assert [f.name for f in files] == ["panet-lr0.001-seed0.json", "panet-untrained-seed0.json"]
+    trained, untrained = (json.loads(f.read_text()) for f in files)
+    assert [step for step, _ in trained["curve"]] == [2] and untrained["curve"] == []
+    assert set(trained["shots"]) == {"1", "5"} and trained["shots"]["1"]["episodes"] == 4
+    assert "2 runs done, 2 can be done next" in capsys.readouterr().out
+    assert glyphs.run(["unet"]) == 2
