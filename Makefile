@@ -24,12 +24,13 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 native: .venv/native
 
-# The main job: what runs here, is it right, how fast is it; then report/index.html.
+# The main job: what runs here, is it right, how fast is it; a network trained for a minute; then report/index.html.
 demo: .venv/installed .venv/native
 	$(PY) -m fss_kernels info
 	$(PY) -m fss_kernels verify
 	$(PY) -m benchmarks run --quick --out report/results.json
-	$(PY) -m benchmarks report report/results.json --out report/index.html
+	$(PY) -m fss_models demo --out report/demo
+	$(PY) -m benchmarks report report/results.json --out report/index.html --demo report/demo
 
 # Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
 test: .venv/installed .venv/native

@@ -188,16 +188,17 @@ def check(files: list[str] = (), allow_short: bool = False, lines: str = str(tar
     return code
 
 
-def report(file: str, out: str = "report/index.html") -> int:
+def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
     """Writes one HTML page with tables and plots.
 
     Args:
         file: result file
         out: page to write
+        demo: folder that `fss-models demo` wrote, to show its scores and pictures
     """
     from benchmarks.report import render
 
-    environment.write_text(out, render(json.loads(Path(file).read_text())))
+    environment.write_text(out, render(json.loads(Path(file).read_text()), Path(demo) if demo else None))
     _say(f"report -> {out}")
     return 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +108,20 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def render(results: dict[str, Any]) -> str:
-    """One self-contained HTML page."""
+def render(results: dict[str, Any], demo: Path | None = None) -> str:
+    """One self-contained HTML page; ``demo``: the folder that `fss-models demo` wrote, for its scores and pictures."""
     rows = [{**row, "plot": _plot(row)} for row in tables(results)]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["ours"]["seconds"]:
             groups.setdefault(f"{row['op']}, {row['dtype']}, {row['mode']}", []).append(row)
     scaling = {title: _scaling(members) for title, members in groups.items()}
-    return _templates().get_template("report.html.j2").render(results=results, rows=rows, scaling=scaling, ours=OURS)
+    trained, pictures = None, ""
+    if demo is not None:
+        trained = json.loads((demo / "demo.json").read_text())
+        pictures = base64.b64encode((demo / "grid.png").read_bytes()).decode()
+    template = _templates().get_template("report.html.j2")
+    return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures)
 
 
 def readme_section(files: list[dict[str, Any]]) -> str:

@@ -284,6 +284,15 @@ def test_report_shows_every_provider(results, tmp_path):
     assert str(results["environment"]["commit"]) in html and "src=" not in html and 'href="http' not in html
 
 
+def test_report_shows_a_trained_network(results, tmp_path):
+    scores = {"DPCN, trained": {"miou": 43.21, "fb_iou": 60}, "untrained": {"miou": 10, "fb_iou": 20}}
+    demo = {"scores": scores, "steps": 400, "episodes": 200, "columns": ["support", "query", "prediction", "truth"]}
+    environment.write_json(tmp_path / "demo.json", demo)
+    (tmp_path / "grid.png").write_bytes(b"picture")
+    html = report.render(results, tmp_path)
+    assert "<td>43.2</td>" in html and "data:image/png;base64,cGljdHVyZQ==" in html and "400 steps" in html
+
+
 def test_report_marks_a_peer_that_wins(results):
     won = copy.deepcopy(results)
     next(e for e in won["rows"] if e["provider"] not in (measure.OURS, "ceiling:read"))["ratio_to_ours"] = 0.9
