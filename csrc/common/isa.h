@@ -1,6 +1,6 @@
 // Which instruction set the CPU kernels run on: chosen once per process from the processor, or forced by
-// FSS_KERNELS_CPU_ISA=generic|avx2|avx512|avx512_bf16. The last is the kernels of avx512, some of which then screen with
-// bfloat16 products; it is chosen where these are twice as fast as float32's.
+// FSS_KERNELS_CPU_ISA=generic|avx2|avx512|avx512_bf16. The last is the kernels of avx512, some of which then screen
+// with bfloat16 products; it is chosen where these are twice as fast as float32's.
 #pragma once
 
 #include <cstdlib>
@@ -64,7 +64,8 @@ inline Isa choose_isa() {
       return Isa(i);
     }
   }
-  throw std::runtime_error(std::string("FSS_KERNELS_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, got ") + forced);
+  throw std::runtime_error(std::string("FSS_KERNELS_CPU_ISA must be generic, avx2, avx512 or avx512_bf16, got ") +
+                           forced);
 }
 
 inline Isa cpu_isa() {

@@ -71,15 +71,15 @@ struct Args {
   void* index;           // (maps, positions), integers as wide as the accumulation type
   void* row_best;        // match: (blocks, kept), maxima of a block of columns, and their positions
   void* row_index;
-  bool screen;                // products of bfloat16 first, see screen.h; what follows is its own
-  uint32_t* coarse_query;     // normalised vectors in bfloat16, two channels a word, in strips and panels as packed
+  bool screen;             // products of bfloat16 first, see screen.h; what follows is its own
+  uint32_t* coarse_query;  // normalised vectors in bfloat16, two channels a word, in strips and panels as packed
   uint32_t* coarse_support;
-  float* query_errors;        // of a position, |x^ - bfloat16(x^)| at most; -infinity for padding
-  float* support_errors;      // of the chunk
-  float* row_bounds;          // match: (chunk, strips)
-  uint8_t* unscreened;        // of a block: it has given up
-  int64_t row_blocks;         // match: rows of row_best that count
-  void* ring;  // (ring rows, support width) lines of cosines
+  float* query_errors;    // of a position, |x^ - bfloat16(x^)| at most; -infinity for padding
+  float* support_errors;  // of the chunk
+  float* row_bounds;      // match: (chunk, strips)
+  uint8_t* unscreened;    // of a block: it has given up
+  int64_t row_blocks;     // match: rows of row_best that count
+  void* ring;             // (ring rows, support width) lines of cosines
   int64_t ring_rows;
   int64_t row;     // windows: the support row whose candidates are summed
   bool bad_query;  // some norm of the query's sample is not finite
@@ -95,10 +95,12 @@ constexpr int64_t kBlockColumns = 384;               // and their largest number
 constexpr int64_t kRowsTogether = 2;                 // support rows whose products are made together, windows
 constexpr int64_t kLevel = 1024;                     // channels that are summed in one chain
 constexpr int64_t kScreenChannels = 64;              // from which on the screen pays
-constexpr int64_t kScreenRows = 256;                 // support pixels that are screened together
+constexpr int64_t kScreenRows = 1024;                // support pixels that are screened together
+constexpr int64_t kProbeRows = 128;                  // the first of them, which show whether it is worth it
+constexpr double kHopeless = 0.5;                    // of their panels, what makes a block give up its screen at once
 constexpr int64_t kPairLevel = 256;                  // pairs of channels that are summed in one chain
 constexpr int64_t kJobColumns = 3;                   // what a panel with one query pixel costs, in columns of a tile
-constexpr double kGiveUp = 0.4;                      // of the plain products, what makes a block give up its screen
+constexpr double kGiveUp = 0.4;                      // of the plain products, what makes it give up afterwards
 constexpr int64_t kSumStrips = 8;                    // strips of query pixels of one task of window sums
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -83,7 +83,8 @@ bool screened(Args& a, int64_t blocks, bool match) {
       a.unscreened[0] = 1;
       return false;
     }
-    parallel_tasks(dense_cosine::ceil_div(int64_t(jobs.size()), core::kPanel), core::kPanel * core::kColumns * a.channels,
+    parallel_tasks(dense_cosine::ceil_div(int64_t(jobs.size()), core::kPanel),
+                   core::kPanel * core::kColumns * a.channels,
                    [&](int64_t begin, int64_t end) { core::rescore_rows(a, jobs, begin, end); });
     core::keep_rows(a, jobs);
   }
@@ -141,7 +142,8 @@ Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, co
     for (int64_t j = 0; j < nq; ++j) {
       pixels[j / a.query.width * dense_cosine::padded_width(a) + j % a.query.width] = int32_t(j);
     }
-    const int64_t fitting = dense_cosine::kChunkBytes / (channels * int64_t(sizeof(A))) / strip_rows * strip_rows;
+    const int64_t fitting =
+        (a.screen ? 2 : 1) * dense_cosine::kChunkBytes / (channels * int64_t(sizeof(A))) / strip_rows * strip_rows;
     const int64_t chunk =
         std::min(dense_cosine::round_up(ns, strip_rows),
                  summed ? dense_cosine::round_up(dense_cosine::kRowsTogether * a.support.width, strip_rows)

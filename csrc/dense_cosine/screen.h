@@ -7,8 +7,8 @@
 //   the first pass keeps, per panel and query pixel, the upper bound of the panel's largest cosine
 //   each query pixel's most promising panel is multiplied exactly, which gives it a score to beat
 //   the panels whose bound reaches that score follow; all 48 pixels of a strip at once where many ask for a panel
-// Match: the first pass also keeps the bound of every support pixel's largest cosine in a strip; strips follow likewise.
-// A block in which most bounds reach the score is not screened again.
+// Match: the first pass also keeps the bound of every support pixel's largest cosine in a strip; strips follow
+// likewise. A block in which most bounds reach the score is not screened again.
 //
 // A vector whose norm is extreme has the bound infinity. Zero vectors, and vectors that are not finite (their results
 // are overwritten), win by the index alone and are left out.
@@ -85,8 +85,8 @@ struct RowJob {  // a support pixel of the chunk and a strip; what they give
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
-// Rows [from, to) of the chunk against the strips [begin, end). bounds[panel][column] of the largest cosine, without the
-// column's own error; of every column the largest bound so far and its row. Match: row_bounds[row][strip] with all.
+// Rows [from, to) of the chunk against the strips [begin, end). bounds[panel][column] of the largest cosine, without
+// the column's own error; of every column the largest bound so far and its row. Match: row_bounds[row][strip] with all.
 template <bool Match>
 void coarse_products(const Args& a, int64_t begin, int64_t end, int64_t from, int64_t to, float* bounds, float* top,
                      int32_t* top_row) {
@@ -134,8 +134,7 @@ void coarse_products(const Args& a, int64_t begin, int64_t end, int64_t from, in
         for (int v = 1; v < 3; ++v) {
           most = _mm512_max_ps(most, _mm512_add_ps(total[i][v], _mm512_loadu_ps(own + v * kLanes)));
         }
-        a.row_bounds[(r + i) * strips + strip] =
-            _mm512_reduce_max_ps(most) + 1.005f * a.support_errors[r + i] + extra;
+        a.row_bounds[(r + i) * strips + strip] = _mm512_reduce_max_ps(most) + 1.005f * a.support_errors[r + i] + extra;
       }
     }
   }
@@ -187,8 +186,8 @@ inline void rescore(const Args& a, const std::vector<Job>& jobs) {
 
 // The same of one panel with all pixels of a strip.
 inline void rescore_tile(const Args& a, int64_t row, int64_t strip) {
-  const panels::Tile<float> tile = tile_of<float>(a, static_cast<const float*>(a.packed_support) + row * a.channels,
-                                                  strip);
+  const panels::Tile<float> tile =
+      tile_of<float>(a, static_cast<const float*>(a.packed_support) + row * a.channels, strip);
   const float* v_scales = static_cast<const float*>(a.support_scales);
   float* best = static_cast<float*>(a.best) + strip * kColumns;
   int32_t* index = static_cast<int32_t*>(a.index) + strip * kColumns;
@@ -229,7 +228,24 @@ inline void find_needed(const Args& a, int64_t begin, int64_t end, float* needed
   }
 }
 
-// Rows [from, to) of the chunk against the strips [begin, end) of a block; the share of the plain products it took.
+// What part of the panels of rows [from, to) could hold the largest cosine of them, whatever it is exactly.
+inline double reached(const Args& a, int64_t begin, int64_t end, int64_t from, int64_t to, const Screen& s) {
+  const int64_t columns = (end - begin) * kColumns;
+  const float error = 1.005f * *std::max_element(a.support_errors + from, a.support_errors + to) + slack(a.channels);
+  vec<int32_t> count{};
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const vfloat needed = load(s.top.data + j) - 2 * (error + load(a.query_errors + begin * kColumns + j));
+    for (int64_t r = from; r < to; r += kPanel) {
+      count -= load(s.bounds.data + (r - from) / kPanel * columns + j) >= needed;
+    }
+  }
+  int64_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += count[i];
+  return double(total) / double(ceil_div(to - from, kPanel) * columns);
+}
+
+// Rows [from, to) of the chunk against the strips [begin, end) of a block; the share of the plain products it took, or
+// -1 when it gave up before anything was done.
 template <bool Match>
 double screen_rows(const Args& a, int64_t begin, int64_t end, int64_t from, int64_t to, Screen& s) {
   const int64_t columns = (end - begin) * kColumns, first = begin * kColumns;
@@ -237,7 +253,11 @@ double screen_rows(const Args& a, int64_t begin, int64_t end, int64_t from, int6
   int32_t* index = static_cast<int32_t*>(a.index) + first;
   std::fill_n(s.top.data, columns, -std::numeric_limits<float>::infinity());
   std::fill_n(s.top_row.data, columns, int32_t(from));
-  coarse_products<Match>(a, begin, end, from, to, s.bounds.data, s.top.data, s.top_row.data);
+  const int64_t probe = std::min(to, from + kProbeRows);
+  coarse_products<Match>(a, begin, end, from, probe, s.bounds.data, s.top.data, s.top_row.data);
+  if (reached(a, begin, end, from, probe, s) > kHopeless) return -1;
+  coarse_products<Match>(a, begin, end, probe, to, s.bounds.data + (probe - from) / kPanel * columns, s.top.data,
+                         s.top_row.data);
   find_needed(a, begin, end, s.needed.data);
   s.jobs.clear();
   for (int64_t j = 0; j < columns; ++j) {
@@ -260,8 +280,8 @@ double screen_rows(const Args& a, int64_t begin, int64_t end, int64_t from, int6
         const int64_t j = strip * kColumns + v * kLanes;
         const __mmask16 reached =
             _mm512_cmp_ps_mask((__m512)load(bounds + j), (__m512)load(s.needed.data + j), _CMP_GE_OQ);
-        const __mmask16 done = _mm512_cmpeq_epi32_mask((__m512i)load_index<float>(s.top_row.data + j),
-                                                       _mm512_set1_epi32(int(r)));
+        const __mmask16 done =
+            _mm512_cmpeq_epi32_mask((__m512i)load_index<float>(s.top_row.data + j), _mm512_set1_epi32(int(r)));
         asking |= uint64_t(reached & ~done) << (v * kLanes);
       }
       if (asking == 0) continue;
@@ -288,10 +308,11 @@ void screened_maxima(const Args& a, int64_t begin, int64_t end) {
   Screen screen(together * kColumns);
   for (int64_t block = begin; block < end; ++block) {
     int64_t row = 0;
-    for (int64_t to; row < a.count && a.unscreened[block] == 0; row = to) {
-      to = std::min(a.count, row + kScreenRows);
-      const int64_t last = std::min(strips, (block + 1) * together);
-      a.unscreened[block] = screen_rows<Match>(a, block * together, last, row, to, screen) > kGiveUp;
+    while (row < a.count && a.unscreened[block] == 0) {
+      const int64_t to = std::min(a.count, row + kScreenRows), last = std::min(strips, (block + 1) * together);
+      const double share = screen_rows<Match>(a, block * together, last, row, to, screen);
+      a.unscreened[block] = share < 0 || share > kGiveUp;
+      if (share >= 0) row = to;
     }
     if (row < a.count && !Match) {
       Args rest = a;
@@ -311,8 +332,8 @@ inline bool row_is_screened(const Args& a, int64_t r) {
          a.support_errors[r] == std::numeric_limits<float>::infinity();
 }
 
-// Jobs of one row each, sorted by strip. First its most promising strip; then the others whose bound reaches the maximum
-// that it has from there (`done`: the first jobs' strips).
+// Jobs of one row each, sorted by strip. First its most promising strip; then the others whose bound reaches the
+// maximum that it has from there (`done`: the first jobs' strips).
 inline std::vector<RowJob> row_jobs(const Args& a, bool first, std::vector<int32_t>& done) {
   const int64_t strips = a.positions / kColumns;
   const float* v = static_cast<const float*>(a.support_scales);
