@@ -8,6 +8,7 @@
 // are gathered into left panels, a chunk at a time. What becomes of a tile:
 //   without windows  the running maximum of its query pixels and its index; v scales before, u after the maximum
 //   match            the same, and the maximum of every support pixel over the columns of the task
+//                    (AVX512-BF16: only where bfloat16 products leave it open, screen.h; the same results)
 //   windows          c itself, into a ring of as many support rows as a window reaches; then, row by row, the sums of
 //                    shifted runs of query pixels for every candidate of the row, and their running maximum
 // Norms are summed from the packed panels. NaN never takes part: comparisons ignore it, and the final step writes it
