@@ -236,7 +236,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def cpu_isa() -> str | None:
-    """Instruction set of the CPU kernels in this process: ``generic``, ``avx2`` or ``avx512``; None without them."""
+    """Instruction set of the CPU kernels: ``generic``, ``avx2``, ``avx512`` or ``avx512_bf16``; None without them."""
     return None if "cpp" in unavailable else torch.ops.fss_cpp.cpu_isa()
 
 

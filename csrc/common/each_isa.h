@@ -61,7 +61,7 @@
 // The function `...` of the core compiled for the running processor, as a pointer.
 #if FSS_X86_VARIANTS
 #define FSS_FOR_ISA(...)                                                \
-  (::fss::cpu_isa() == ::fss::Isa::avx512 ? &::fss::avx512::__VA_ARGS__ \
+  (::fss::cpu_isa() >= ::fss::Isa::avx512 ? &::fss::avx512::__VA_ARGS__ \
    : ::fss::cpu_isa() == ::fss::Isa::avx2 ? &::fss::avx2::__VA_ARGS__   \
                                           : &::fss::generic::__VA_ARGS__)
 #else

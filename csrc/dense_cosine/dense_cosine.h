@@ -8,6 +8,7 @@
 // are gathered into left panels, a chunk at a time. What becomes of a tile:
 //   without windows  the running maximum of its query pixels and its index; v scales before, u after the maximum
 //   match            the same, and the maximum of every support pixel over the columns of the task
+//                    (AVX512-BF16: only where bfloat16 products leave it open, screen.h; the same results)
 //   windows          c itself, into a ring of as many support rows as a window reaches; then, row by row, the sums of
 //                    shifted runs of query pixels for every candidate of the row, and their running maximum
 // Norms are summed from the packed panels. NaN never takes part: comparisons ignore it, and the final step writes it
@@ -71,7 +72,15 @@ struct Args {
   void* index;           // (maps, positions), integers as wide as the accumulation type
   void* row_best;        // match: (blocks, kept), maxima of a block of columns, and their positions
   void* row_index;
-  void* ring;  // (ring rows, support width) lines of cosines
+  bool screen;             // products of bfloat16 first, see screen.h; what follows is its own
+  uint32_t* coarse_query;  // normalised vectors in bfloat16, two channels a word, in strips and panels as packed
+  uint32_t* coarse_support;
+  float* query_errors;    // of a position, |x^ - bfloat16(x^)| at most; -infinity for padding
+  float* support_errors;  // of the chunk
+  float* row_bounds;      // match: (chunk, strips)
+  uint8_t* unscreened;    // of a block: it has given up
+  int64_t row_blocks;     // match: rows of row_best that count
+  void* ring;             // (ring rows, support width) lines of cosines
   int64_t ring_rows;
   int64_t row;     // windows: the support row whose candidates are summed
   bool bad_query;  // some norm of the query's sample is not finite
@@ -86,6 +95,13 @@ constexpr int64_t kBlockBytes = int64_t(384) << 10;  // query pixels of one task
 constexpr int64_t kBlockColumns = 384;               // and their largest number
 constexpr int64_t kRowsTogether = 2;                 // support rows whose products are made together, windows
 constexpr int64_t kLevel = 1024;                     // channels that are summed in one chain
+constexpr int64_t kScreenChannels = 64;              // from which on the screen pays
+constexpr int64_t kScreenRows = 1024;                // support pixels that are screened together
+constexpr int64_t kProbeRows = 128;                  // the first of them, which show whether it is worth it
+constexpr double kHopeless = 0.5;                    // of their panels, what makes a block give up its screen at once
+constexpr int64_t kPairLevel = 256;                  // pairs of channels that are summed in one chain
+constexpr int64_t kJobColumns = 3;                   // what a panel with one query pixel costs, in columns of a tile
+constexpr double kGiveUp = 0.4;                      // of the plain products, what makes it give up afterwards
 constexpr int64_t kSumStrips = 8;                    // strips of query pixels of one task of window sums
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -171,6 +187,9 @@ struct GradArgs {
 #ifdef FSS_ISA
 #include "common/cosine.h"
 
+#undef FSS_SCREEN
+#define FSS_SCREEN (FSS_BFLOAT16_PRODUCTS && FSS_ISA_LEVEL == 2)
+
 namespace fss {
 namespace FSS_ISA {
 namespace dense_cosine {
@@ -233,14 +252,20 @@ inline const T* sample_of(const Operand& x, int64_t b) {
   return static_cast<const T*>(x.features) + b * x.stride_b;
 }
 
+#if FSS_SCREEN
+template <int N, int W>
+void coarsen(const float* panel, int64_t depth, const float* norms, const float* scales, uint32_t* pairs,
+             float* errors);
+#endif
+
 // Packs `rows` listed pixels of one strip, keeps their norms and finds their scales.
 template <class T, int W>
 inline void pack(const Args& a, const Operand& x, int64_t sample, const int32_t* pixels, int64_t rows,
-                 accumulate_t<T>* strip, accumulate_t<T>* scales) {
+                 accumulate_t<T>* strip, accumulate_t<T>* scales, uint32_t* coarse, float* errors) {
   using A = accumulate_t<T>;
   constexpr int S = kStrip<A, W>;
   const PixelRows<T> source{sample_of<T>(x, sample), x.stride_row, !x.channels_last, pixels};
-  A squares[S];
+  A squares[S], own_norms[S];
   panels::pack_strip<A, W>(source, rows, a.channels, strip);
   panels::sum_squares<A, W>(strip, a.channels, squares);
   A* norms = static_cast<A*>(x.norms) + sample * x.pixels();
@@ -248,8 +273,20 @@ inline void pack(const Args& a, const Operand& x, int64_t sample, const int32_t*
     const bool real = r < rows && pixels[r] >= 0;
     const A norm = real ? std::sqrt(squares[r]) : A(0);
     if (real) norms[pixels[r]] = norm;
+    own_norms[r] = norm;
     scales[r] = inverse_of<A>(norm, A(a.eps), a.add);
   }
+#if FSS_SCREEN
+  if constexpr (std::is_same_v<A, float>) {
+    if (!a.screen) return;
+    constexpr int N = W > lanes<A> ? lanes<A> : W;
+    for (int r = 0; r < S; r += N) {
+      const int64_t panel = r / W * W, row = r % W;
+      coarsen<N, W>(strip + panel * a.channels + row, a.channels, own_norms + r, scales + r,
+                    coarse + panel * ceil_div(a.channels, 2) + row, errors + r);
+    }
+  }
+#endif
 }
 
 // Task = one strip of positions.
@@ -259,7 +296,12 @@ void pack_query(const Args& a, int64_t begin, int64_t end) {
   constexpr int W = kTileColumns<A>;
   for (int64_t p = begin; p < end; ++p) {
     pack<T, W>(a, a.query, a.b, a.pixel_of + p * W, W, static_cast<A*>(a.packed_query) + p * W * a.channels,
-               static_cast<A*>(a.query_scales) + p * W);
+               static_cast<A*>(a.query_scales) + p * W,
+               a.screen ? a.coarse_query + p * W * ceil_div(a.channels, 2) : nullptr,
+               a.screen ? a.query_errors + p * W : nullptr);
+    for (int64_t j = p * W; a.screen && j < (p + 1) * W; ++j) {
+      if (a.pixel_of[j] < 0) a.query_errors[j] = -std::numeric_limits<float>::infinity();
+    }
   }
 }
 
@@ -270,7 +312,9 @@ void pack_support(const Args& a, int64_t begin, int64_t end) {
   constexpr int R = kTileRows<A>, S = kStrip<A, R>;
   for (int64_t p = begin; p < end; ++p) {
     pack<T, R>(a, a.support, a.n, a.kept + a.first + p * S, std::min<int64_t>(a.count - p * S, S),
-               static_cast<A*>(a.packed_support) + p * S * a.channels, static_cast<A*>(a.support_scales) + p * S);
+               static_cast<A*>(a.packed_support) + p * S * a.channels, static_cast<A*>(a.support_scales) + p * S,
+               a.screen ? a.coarse_support + p * S * ceil_div(a.channels, 2) : nullptr,
+               a.screen ? a.support_errors + p * S : nullptr);
   }
 }
 
@@ -278,7 +322,8 @@ void pack_support(const Args& a, int64_t begin, int64_t end) {
 
 template <class A>
 int64_t block_strips(const Args& a) {  // of one product task
-  const int64_t columns = std::min(kBlockColumns, kBlockBytes / (a.channels * int64_t(sizeof(A))));
+  const int64_t bytes = a.channels * int64_t(a.screen ? sizeof(uint16_t) : sizeof(A));
+  const int64_t columns = std::min(kBlockColumns, kBlockBytes / bytes);
   return std::max<int64_t>(1, columns / kTileColumns<A>);
 }
 template <class A>
@@ -301,25 +346,32 @@ inline ints<A> load_index(const void* p) {
   return v;
 }
 
+// A left panel times a strip of the packed query.
+template <class A>
+inline panels::Tile<A> tile_of(const Args& a, const A* left, int64_t strip) {
+  constexpr int R = kTileRows<A>, W = kTileColumns<A>;
+  const A* right = static_cast<const A*>(a.packed_query) + strip * W * a.channels;
+  panels::Tile<A> tile{};
+  for (int64_t k = 0; k < a.channels; k += kLevel) {
+    panels::Tile<A> level{};
+    panels::multiply<A>(left + k * R, right + k * W, std::min(a.channels - k, kLevel), level);
+    panels::add<A>(level, tile);
+  }
+  return tile;
+}
+
 // f(strip, panel, rows of it that exist, tile) for every tile of the blocks [begin, end): panels outside, so that a
 // panel is read once a block. `before` and `after` see every panel of a block.
 template <class A, class Before, class F, class After>
 inline void products(const Args& a, int64_t begin, int64_t end, const Before& before, const F& f, const After& after) {
   constexpr int R = kTileRows<A>, W = kTileColumns<A>;
   const int64_t strips = a.positions / W, together = block_strips<A>(a);
-  const A *left = static_cast<const A*>(a.packed_support), *right = static_cast<const A*>(a.packed_query);
+  const A* left = static_cast<const A*>(a.packed_support);
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t r = 0; r < a.count; r += R) {
       before();
       for (int64_t strip = block * together; strip < std::min(strips, (block + 1) * together); ++strip) {
-        panels::Tile<A> tile{};
-        for (int64_t k = 0; k < a.channels; k += kLevel) {
-          panels::Tile<A> level{};
-          panels::multiply<A>(left + r * a.channels + k * R, right + (strip * a.channels + k) * W,
-                              std::min(a.channels - k, kLevel), level);
-          panels::add<A>(level, tile);
-        }
-        f(strip, r, std::min<int64_t>(a.count - r, R), tile);
+        f(strip, r, std::min<int64_t>(a.count - r, R), tile_of<A>(a, left + r * a.channels, strip));
       }
       after(block, r, std::min<int64_t>(a.count - r, R));
     }
@@ -376,6 +428,10 @@ void maxima(const Args& a, int64_t begin, int64_t end) {
         }
       });
 }
+
+#if FSS_SCREEN
+#include "dense_cosine/screen.h"
+#endif
 
 // Task = a block of query pixels against the chunk: their cosines, into the ring.
 template <class T>
@@ -501,7 +557,7 @@ void finish_support(const Args& a) {
   for (int64_t r = 0; r < a.count; ++r) {
     A top = -std::numeric_limits<A>::infinity();
     int64_t at = 0;
-    for (int64_t block = 0; block < product_tasks<A>(a); ++block) {
+    for (int64_t block = 0; block < a.row_blocks; ++block) {
       const A value = static_cast<const A*>(a.row_best)[block * a.count + r];
       if (value > top) top = value, at = static_cast<const integer<A>*>(a.row_index)[block * a.count + r];
     }

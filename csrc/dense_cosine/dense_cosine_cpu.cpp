@@ -58,6 +58,41 @@ struct Norms {
   Tensor query, support;
 };
 
+// Whether bfloat16 products screen the candidates.
+bool screens(const Args& a, ScalarType accumulate) {
+  return cpu_isa() == Isa::avx512_bf16 && accumulate == ScalarType::Float && a.up + a.left == 0 &&
+         a.channels >= dense_cosine::kScreenChannels;
+}
+
+#if FSS_BFLOAT16_PRODUCTS
+// The maxima of the chunk by way of the screen, or false where a match has to be done without.
+template <class T>
+bool screened(Args& a, int64_t blocks, bool match) {
+  namespace core = avx512::dense_cosine;
+  const auto maxima = match ? core::screened_maxima<T, true> : core::screened_maxima<T, false>;
+  const auto given_up = [&] { return std::find(a.unscreened, a.unscreened + blocks, 1) != a.unscreened + blocks; };
+  if (match && given_up()) return false;
+  parallel_tasks(blocks, a.positions / blocks * a.count * a.channels / 2,
+                 [&](int64_t begin, int64_t end) { maxima(a, begin, end); });
+  if (!match) return true;
+  if (given_up()) return false;
+  std::vector<int32_t> done;
+  for (const bool first : {true, false}) {
+    std::vector<core::RowJob> jobs = core::row_jobs(a, first, done);
+    if (double(jobs.size()) > dense_cosine::kGiveUp * double(a.count * (a.positions / core::kColumns))) {
+      a.unscreened[0] = 1;
+      return false;
+    }
+    parallel_tasks(dense_cosine::ceil_div(int64_t(jobs.size()), core::kPanel),
+                   core::kPanel * core::kColumns * a.channels,
+                   [&](int64_t begin, int64_t end) { core::rescore_rows(a, jobs, begin, end); });
+    core::keep_rows(a, jobs);
+  }
+  a.row_blocks = 1;
+  return true;
+}
+#endif
+
 // What both forward ops share: packs, multiplies and reduces one pair of sample and shot after the other. The scores
 // and indices of the query are (N, maps, Nq), those of the support (N, Ns) or undefined.
 Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, const std::vector<Window>& windows,
@@ -82,6 +117,7 @@ Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, co
   a.windows = windows.data(), a.maps = int64_t(windows.size());
   for (const Window& w : windows) a.up = std::max(a.up, w.up()), a.left = std::max(a.left, w.left());
   const bool summed = a.up + a.left > 0, match = support_scores != nullptr;
+  a.screen = screens(a, accumulate);
   const int64_t nq = a.query.pixels(), ns = a.support.pixels();
   const Tensor keep = empty(query, {ns}, ScalarType::Byte), kept = empty(query, {ns}, ScalarType::Int);
 
@@ -106,7 +142,8 @@ Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, co
     for (int64_t j = 0; j < nq; ++j) {
       pixels[j / a.query.width * dense_cosine::padded_width(a) + j % a.query.width] = int32_t(j);
     }
-    const int64_t fitting = dense_cosine::kChunkBytes / (channels * int64_t(sizeof(A))) / strip_rows * strip_rows;
+    const int64_t fitting =
+        (a.screen ? 2 : 1) * dense_cosine::kChunkBytes / (channels * int64_t(sizeof(A))) / strip_rows * strip_rows;
     const int64_t chunk =
         std::min(dense_cosine::round_up(ns, strip_rows),
                  summed ? dense_cosine::round_up(dense_cosine::kRowsTogether * a.support.width, strip_rows)
@@ -121,6 +158,13 @@ Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, co
     const Tensor bias = empty(query, {match ? a.positions : 0}, accumulate);
     const Tensor row_best = empty(query, {match ? blocks * chunk : 0}, accumulate);
     const Tensor row_index = empty(query, {match ? blocks * chunk : 0}, kIndex);
+    const int64_t half = a.screen ? dense_cosine::ceil_div(channels, 2) : 0;
+    const Tensor coarse = empty(query, {(a.positions + chunk) * half}, ScalarType::Int);
+    const Tensor errors = empty(query, {a.screen ? a.positions + chunk : 0}, ScalarType::Float);
+    const Tensor row_bounds =
+        empty(query, {a.screen && match ? chunk * (a.positions / columns) : 0}, ScalarType::Float);
+    Tensor unscreened = empty(query, {blocks}, ScalarType::Byte);
+    torch::stable::zero_(unscreened);
     Tensor ring = empty(query, {a.ring_rows * a.support.width * dense_cosine::line(a)}, accumulate);
     torch::stable::zero_(ring);
     a.pixel_of = pixels;
@@ -130,6 +174,12 @@ Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, co
     a.best = best.mutable_data_ptr(), a.index = index.mutable_data_ptr();
     a.query_bias = bias.mutable_data_ptr();
     a.row_best = row_best.mutable_data_ptr(), a.row_index = row_index.mutable_data_ptr();
+    a.coarse_query = static_cast<uint32_t*>(coarse.mutable_data_ptr());
+    a.coarse_support = a.coarse_query + a.positions * half;
+    a.query_errors = static_cast<float*>(errors.mutable_data_ptr());
+    a.support_errors = a.query_errors + a.positions;
+    a.row_bounds = static_cast<float*>(row_bounds.mutable_data_ptr());
+    a.unscreened = static_cast<uint8_t*>(unscreened.mutable_data_ptr());
     a.ring = ring.mutable_data_ptr();
     for (int64_t p = 0; match && p < a.positions; ++p) {
       static_cast<A*>(a.query_bias)[p] = pixels[p] < 0 ? -std::numeric_limits<A>::infinity() : A(0);
@@ -143,6 +193,12 @@ Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, co
       if (a.count == 0) return;
       parallel_tasks(dense_cosine::ceil_div(a.count, strip_rows), strip_rows * channels,
                      [&](int64_t begin, int64_t end) { pack_support(a, begin, end); });
+      a.row_blocks = blocks;
+#if FSS_BFLOAT16_PRODUCTS
+      if constexpr (std::is_same_v<A, float>) {
+        if (a.screen && screened<T>(a, blocks, match)) return;
+      }
+#endif
       parallel_tasks(blocks, a.positions / blocks * a.count * channels,
                      [&](int64_t begin, int64_t end) { multiply(a, begin, end); });
     };

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fss_kernels import _library
 from fss_kernels.ops.dense_cosine import dense_cosine_match, dense_cosine_max, reference
 from fss_kernels.ops.dense_cosine.op import match_op, max_op
 from fss_kernels.ops.hypercorrelation.spec import _disc
@@ -294,6 +295,8 @@ def _cost(sample: Sample, dtype: torch.dtype, mode: str) -> Cost:
 def _scratch_bytes(sample: Sample, dtype: torch.dtype, match: bool = False) -> int:
     """One packed sample of the query and a chunk of the support; running maxima and, for a match, those of every
     support pixel of the chunk by block of columns; the rows of cosines that windows reach; norms and the resized mask.
+    With the screen: larger chunks, both operands once more in bfloat16, the errors of that and, for a match, the bounds
+    of every support pixel of the chunk by strip.
     """
     size = 8 if dtype == torch.float64 else 4
     batch, pairs, channels, rows, columns = _sizes(sample)
@@ -301,12 +304,15 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype, match: bool = False) -> i
     windows = sample.options.get("windows", ((1, 1),))
     up, left = max(dh for dh, _ in windows) // 2, max(dw for _, dw in windows) // 2
     positions = -(-height * (width + left) // 48) * 48
-    chunk = 2 * support_width if up + left else (2 << 20) // (channels * size)
-    chunk = min(-(-columns // 16) * 16, max(16, -(-chunk // 16) * 16))
-    blocks = -(-positions // 48 // min(8, max(1, (384 << 10) // (48 * channels * size))))
+    screen = size == 4 and up + left == 0 and channels >= 64 and _library.cpu_isa() == "avx512_bf16"
+    chunk = -(-2 * support_width // 16) * 16 if up + left else ((2 + 2 * screen) << 20) // (channels * size) // 16 * 16
+    chunk = min(-(-columns // 16) * 16, max(16, chunk))
+    blocks = -(-positions // 48 // min(8, max(1, (384 << 10) // (48 * channels * (2 if screen else size)))))
     ring = (2 * up + 2) * support_width * (positions + 2 * (up * (width + left) + left)) if up + left else 0
     values = (channels + 1) * (positions + chunk) + 2 * len(windows) * positions + ring
     values += match * (positions + 2 * blocks * chunk) + batch * rows + 2 * pairs * columns
+    if screen:
+        values += (-(-channels // 2) + 1) * (positions + chunk) + match * chunk * (positions // 48)
     return values * size + 4 * positions + 5 * columns
 
 
