@@ -126,8 +126,52 @@ def dynamic_conv2d(k):
             yield k.grad_taps_kernel, f"{id}-{layout}", half, tile
 
 
-# Op -> a generator of (kernel, id, pointer types, constants): what its launchers instantiate.
+def dense_cosine(k):
+    """A stride that is 1 is a constant of the compiled kernel."""
+
+    def unit(last, *operands):
+        return {f"stride_{operand}{'c' if last else 'n'}": 1 for operand in operands}
+
+    features = ("x_ptr", "query_ptr", "support_ptr", "other_ptr", "grad_ptr", "own_grad_ptr", "out_ptr", "scores_ptr")
+    lists = dict.fromkeys(("before_ptr", "list_ptr", "facts_ptr", "starts_ptr"), "i32") | {"kept_ptr": "i8"}
+    partial = {**lists, **dict.fromkeys(("index_ptr", "across_index_ptr", "best_index_ptr"), "i32")}
+    saved = {**lists, **dict.fromkeys(("index_ptr", "own_index_ptr", "order_ptr"), "i64")}
+    for x in DTYPES:
+        own = dict.fromkeys(features, x)
+        for last in (False, True):
+            name = f"{x}-{'last' if last else 'planes'}"
+            for mask in ("u8", "fp32", None):
+                options = {"MASKED": mask is not None, **unit(last, ""), **k.NORM_TILES[last]}
+                yield k.norm_kernel, f"{name}-{mask}", {**own, **lists, "mask_ptr": mask or "fp32"}, options
+            for precision in ("ieee", "tf32") if x == "fp32" else ("ieee",):
+                tile = k.TILE if x == "fp32" else k.HALF_TILE
+                options = {"ADD": last, "PRECISION": precision, "WIDEN": False, **unit(last, "q", "s"), **tile}
+                yield k.ring_kernel, f"{name}-{precision}", {**own, **lists}, options
+                for match in (False, True):
+                    id = f"{name}-{precision}-{'match' if match else 'max'}"
+                    yield k.best_kernel, id, {**own, **partial}, {**options, "MATCH": match, "CHUNK": k.CHUNK}
+            for windows in (1, 3):
+                for write in (False, True):
+                    id = f"{name}-{windows}-{'write' if write else 'sum'}"
+                    pointers = {**own, **saved, "windows": 2 * windows}
+                    options = {"L": windows, "WRITE": write, "ADD": last}
+                    tile = {**unit(last, "q", "s", "o"), **k.GATHER_TILES[last]}
+                    yield k.grad_query_kernel, id, pointers, {**options, **tile}
+                    tile = {**unit(last, "x", "t", "o"), **k.LIST_TILE, "OWN": windows == 1}
+                    yield k.grad_listed_kernel, id, pointers, {**options, **tile}
+        for id, listed, zero in (("zero", False, True), ("exclude", False, False), ("support", True, False)):
+            pointers = {**own, **partial, "index_ptr": "i64"}
+            yield k.finish_kernel, f"{x}-{id}", pointers, {"LISTED": listed, "ZERO": zero, "BLOCK": k.BLOCK}
+    yield k.compact_kernel, "lists", lists, {"BLOCK": k.BLOCK}
+    for id, every, exclude in (("zero", False, False), ("exclude", False, True), ("query", True, False)):
+        yield k.candidates_kernel, id, lists, {"EVERY": every, "EXCLUDE": exclude, "BLOCK": k.BLOCK}
+    for id, exclude in (("zero", False), ("exclude", True)):
+        yield k.window_kernel, id, partial, {"EXCLUDE": exclude, **k.WINDOW_TILE}
+
+
+# Folder of ops -> a generator of (kernel, id, pointer types, constants): what its launchers instantiate.
 OPS = {
+    "dense_cosine": dense_cosine,
     "masked_avg_pool": masked_avg_pool,
     "dynamic_conv2d": dynamic_conv2d,
     "prototype_cosine": prototype_cosine,
@@ -135,14 +179,14 @@ OPS = {
 }
 
 
-def module(op):
-    return importlib.import_module(f"fss_kernels.ops.{op}.triton_kernels")
+def module(folder):
+    return importlib.import_module(f"fss_kernels.ops.{folder}.triton_kernels")
 
 
 def variants():
     """(kernel, id, signature, constants) of everything the launchers of all ops instantiate."""
-    for op, of in OPS.items():
-        yield from of(module(op))
+    for folder, of in OPS.items():
+        yield from of(module(folder))
 
 
 def signature(kernel, pointers, constants):
@@ -208,11 +252,13 @@ def test_compiles_without_spills(target):
         print(f"resources that differ from {TABLE.name}: {changed}")
 
 
-@pytest.mark.parametrize("op", [name for name, op in _library.ops.items() if "triton" in op.backends])
-def test_every_kernel_is_listed(op):
+@pytest.mark.parametrize(
+    "folder", sorted({o.folder or o.name for o in _library.ops.values() if "triton" in o.backends})
+)
+def test_every_kernel_is_listed(folder):
     """A kernel that is not among the variants would never be compiled here."""
-    kernels = {name for name in vars(module(op)) if name.endswith("_kernel")}
-    assert kernels and kernels == {kernel.__name__ for kernel, *_ in OPS[op](module(op))}
+    kernels = {name for name in vars(module(folder)) if name.endswith("_kernel")}
+    assert kernels and kernels == {kernel.__name__ for kernel, *_ in OPS[folder](module(folder))}
 
 
 if __name__ == "__main__" and "--write" in sys.argv:
