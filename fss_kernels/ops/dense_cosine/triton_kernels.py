@@ -14,9 +14,9 @@ elements, a program one row of candidates and BLOCK_N query pixels. `finish_kern
 and applies the edge rules. Grids are for all pixels kept; only the device knows where the list ends, and a program past
 it does nothing.
 Backward: every program owns pixels of a gradient. `grad_query_kernel` gathers at the saved indices; for the support,
-and both sides of a match, the scores are sorted by index (`torch.sort`, stable) and `grad_listed_kernel` walks the
-lists. Each runs twice, to sum q . D and to write the gradient: D is stored nowhere. No atomics; every sum and maximum
-has one order, whatever the batch.
+and both sides of a match, `pairs_kernel` writes down the winning pairs, they are sorted by the pixel they add to
+(`torch.sort`, stable), and `grad_listed_kernel` walks the lists. Each of the two runs twice, to sum q . D and to write
+the gradient: D is stored nowhere. No atomics; every sum and maximum has one order, whatever the batch.
 
 Memory traffic: the query's tile once a support tile and the support once a query tile, from L2; with windows each
 cosine is written once and read d times. Accumulation: float32; float32 operands are multiplied in full float32
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,15 +41,22 @@ from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like, is_channel
 from fss_kernels.ops.masked_avg_pool.triton_kernels import _resized
 from fss_kernels.ops.prototype_cosine.triton_kernels import _inverse, _slope
 
-TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}  # float32: more depth spills
-HALF_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}
+TILES = {  # of a product; more spills
+    "ieee": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4},
+    "tf32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8},
+    "half": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8},
+}
 CHUNK = 512  # listed support pixels of one partial maximum
 RING = 32 << 20  # bytes of cosines that windows keep, unless fewer rows than a window's are left
 BLOCK = 1024  # pixels of a step along a list
+FINISH = 256  # pixels of a program that finishes scores
 NORM_TILES = {False: {"BLOCK_C": 16, "BLOCK_N": 64}, True: {"BLOCK_C": 64, "BLOCK_N": 16}}  # by channels_last
-GATHER_TILES = {False: {"BLOCK_C": 16, "BLOCK_N": 64}, True: {"BLOCK_C": 64, "BLOCK_N": 16}}
+GATHER_TILES = {
+    False: {"BLOCK_C": 16, "BLOCK_N": 64, "num_warps": 8},
+    True: {"BLOCK_C": 32, "BLOCK_N": 16, "num_warps": 8},
+}
 WINDOW_TILE = {"BLOCK_X": 8, "BLOCK_N": 128}
-LIST_TILE = {"BLOCK_C": 64, "BLOCK_N": 4, "BLOCK_T": 8}
+LIST_TILE = {"BLOCK_C": 32, "BLOCK_N": 4, "BLOCK_T": 8}
 if TRITON_INTERPRETED:  # which pays per program and step
     LIST_TILE = {"BLOCK_C": 32, "BLOCK_N": 64, "BLOCK_T": 4}
 WIDEN = TRITON_INTERPRETED  # whose products of half precision are wrong
@@ -234,7 +241,7 @@ def window_kernel(
     """best, index (samples, HS, NQ): maximum of (1/d) sum_o c[i+o, j+o] over the candidates i of one support row, -inf
     and -1 without any. Program: the row `row + program_id(1)`, BLOCK_N query pixels, a sample, counted from `first`."""
     NQ, NS = HQ * WQ, HS * WS
-    j = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = j < NQ
     sample = tl.program_id(2).to(tl.int64)
     before = before_ptr + (first + sample) * (NS + 1)
@@ -280,7 +287,7 @@ def finish_kernel(
     rules. LISTED: of support pixels, partial maxima by place in the list. ZERO: pixels that are no candidates score 0.
     Facts and norms are those of sample n // per_facts and n // per_norms. Program: BLOCK pixels of a sample."""
     N = H * W
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sample = tl.program_id(1).to(tl.int64)
     n = first + sample
     inside = j < N
@@ -288,7 +295,7 @@ def finish_kernel(
     lowest, every, unknown = tl.load(facts), tl.load(facts + 1), tl.load(facts + 2)
     at, live = j, inside & (lowest >= 0)
     if LISTED:
-        at = tl.load(before_ptr + n * (N + 1) + j, mask=inside, other=0).to(tl.int64)
+        at = tl.load(before_ptr + n * (N + 1) + j, mask=inside, other=0)
         live = inside & (tl.load(before_ptr + n * (N + 1) + j + 1, mask=inside, other=0) > at)
     best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     index = tl.full([BLOCK], -1, dtype=tl.int32)
@@ -347,7 +354,7 @@ def grad_query_kernel(
 ):  # fmt: skip
     """Of a tile of channels x query pixels: along (B, tiles, NQ), its part of q . D, or, WRITE, the gradient."""
     NQ, NS = HQ * WQ, HS * WS
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
     here = n < NQ
@@ -361,80 +368,89 @@ def grad_query_kernel(
                 y, x = n // WQ - oy, n % WQ - ox  # the score whose window holds n at this offset
                 inside = here & (y >= 0) & (y < HQ) & (x >= 0) & (x < WQ)
                 at = (of * L + k) * NQ + y * WQ + x
-                i = tl.load(index_ptr + at, mask=inside, other=-1)
+                i = tl.load(index_ptr + at, mask=inside, other=-1).to(tl.int32)
                 sy, sx = i // WS + oy, i % WS + ox
                 inside = inside & (i >= 0) & (sy >= 0) & (sy < HS) & (sx >= 0) & (sx < WS)
                 v = _inverse(tl.load(support_norms_ptr + of * NS + sy * WS + sx, mask=inside, other=0), eps, ADD)
                 weight = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float32) / (dh * dw) * v
-                other = support_ptr + of * stride_sb + c[:, None] * stride_sc + (sy * WS + sx)[None, :] * stride_sn
+                pixel = (sy * WS + sx).to(tl.int64)
+                other = support_ptr + of * stride_sb + c[:, None] * stride_sc + pixel[None, :] * stride_sn
                 # what a dropped pixel holds does not count
                 value = tl.load(other, mask=(c < C)[:, None] & (inside & (v != 0))[None, :], other=0).to(tl.float32)
                 toward += weight[None, :] * value
     norm = tl.load(query_norms_ptr + b * NQ + n, mask=here, other=0)
     _finish_gradient(
-        query_ptr + b * stride_qb + c[:, None] * stride_qc + n[None, :] * stride_qn,
+        query_ptr + b * stride_qb + c[:, None] * stride_qc + n.to(tl.int64)[None, :] * stride_qn,
         along_ptr + b * tl.num_programs(1) * NQ + n,
-        out_ptr + b * stride_ob + c[:, None] * stride_oc + n[None, :] * stride_on, toward, norm, c < C, here, NQ, eps,
-        WRITE, ADD, BLOCK_N,
+        out_ptr + b * stride_ob + c[:, None] * stride_oc + n.to(tl.int64)[None, :] * stride_on,
+        toward, norm, c < C, here, NQ, eps, WRITE, ADD, BLOCK_N,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["start"])
+def pairs_kernel(
+    grad_ptr, index_ptr, norms_ptr, to_ptr, other_ptr, weight_ptr, stride_gm, stride_im, start, total, eps, per, dh, dw,
+    H, W, HT, WT, OWN: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pairs (N, total) at start + e * count + j, what score j and offset e of a window add to a gradient on grid (H, W):
+    `weight` times vector `other` of grid (HT, WT) to pixel `to`, -1 for nothing. Scores of the other grid choose a pixel
+    of this one, or, OWN, the other way round. Norms are those of the other's sample m // per."""
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    e = tl.program_id(1)
+    m = tl.program_id(2).to(tl.int64)
+    sample = (tl.program_id(2) // per).to(tl.int64)
+    count = H * W if OWN else HT * WT
+    here = j < count
+    i = tl.load(index_ptr + m * stride_im + j, mask=here, other=-1).to(tl.int32)
+    from_, chosen = (i, j) if OWN else (j, i)
+    oy, ox = e // dw - dh // 2, e % dw - dw // 2
+    y, x, ty, tx = chosen // W + oy, chosen % W + ox, from_ // WT + oy, from_ % WT + ox
+    inside = here & (i >= 0) & (y >= 0) & (y < H) & (x >= 0) & (x < W) & (ty >= 0) & (ty < HT) & (tx >= 0) & (tx < WT)
+    other = tl.where(inside, ty * WT + tx, 0)
+    v = _inverse(tl.load(norms_ptr + sample * HT * WT + other, mask=inside, other=0), eps, ADD)
+    g = tl.load(grad_ptr + m * stride_gm + j, mask=here, other=0).to(tl.float32)
+    at = m * total + start + e * count + j
+    tl.store(to_ptr + at, tl.where(v == 0, -1, y * W + x), mask=here)
+    tl.store(other_ptr + at, other, mask=here)
+    tl.store(weight_ptr + at, g / (dh * dw) * v, mask=here)
 
 
 @triton.jit
 def grad_listed_kernel(
-    grad_ptr, order_ptr, starts_ptr, own_grad_ptr, own_index_ptr, x_ptr, other_ptr, norms_ptr, other_norms_ptr,
-    along_ptr, out_ptr, stride_xb, stride_xc, stride_xn, stride_tb, stride_tc, stride_tn, stride_ob, stride_oc,
-    stride_on, windows, eps, shots, per_other, C, H, W, HT, WT,
-    L: tl.constexpr, OWN: tl.constexpr, WRITE: tl.constexpr, ADD: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    order_ptr, starts_ptr, others_ptr, weights_ptr, x_ptr, other_ptr, norms_ptr, along_ptr, out_ptr,
+    stride_xb, stride_xc, stride_xn, stride_tb, stride_tc, stride_tn, stride_ob, stride_oc, stride_on,
+    eps, shots, per, total, C, N,
+    WRITE: tl.constexpr, ADD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """`grad_query_kernel` for pixels of a grid (H, W) that scores of the other grid (HT, WT) chose: those of window k
-    of pair m that chose candidate i are order[m, k, starts[m, k, i] : starts[m, k, i + 1]]. OWN: and its own choice. A
-    sample x[b] is in the pairs m = b * shots + s, a pair has the sample m // per_other of the other operand.
-    The lists of a tile's pixels are walked together."""
-    N, NT = H * W, HT * WT
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """`grad_query_kernel` for either side, from pairs (N, total), of pixel i those at order[starts[i] : starts[i + 1]].
+    Sample b is in the rows b * shots + s of pairs; the other side of row m is sample m // per. The lists of a tile's
+    pixels are walked together."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
     here, channels = n < N, c < C
     toward = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
     for s in range(shots):
-        m = b * shots + s
-        other = other_ptr + m // per_other * stride_tb
-        other_norms = other_norms_ptr + m // per_other * NT
-        for k in tl.static_range(L):
-            dh, dw = windows[2 * k], windows[2 * k + 1]
-            for e in range(dh * dw):
-                oy, ox = e // dw - dh // 2, e % dw - dw // 2
-                y, x = n // W - oy, n % W - ox  # the candidate whose window holds n at this offset
-                inside = here & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-                starts = starts_ptr + (m * L + k) * (N + 1) + y * W + x
-                begin = tl.load(starts, mask=inside, other=0)
-                end = tl.load(starts + 1, mask=inside, other=0)
-                for t0 in range(0, tl.max(end - begin, axis=0), BLOCK_T):
-                    t = begin[:, None] + t0 + tl.arange(0, BLOCK_T)[None, :]
-                    listed = t < end[:, None]
-                    j = tl.load(order_ptr + (m * L + k) * NT + t, mask=listed, other=0)
-                    ty, tx = j // WT + oy, j % WT + ox
-                    listed = listed & (ty >= 0) & (ty < HT) & (tx >= 0) & (tx < WT)
-                    v = _inverse(tl.load(other_norms + ty * WT + tx, mask=listed, other=0), eps, ADD)
-                    g = tl.load(grad_ptr + (m * L + k) * NT + j, mask=listed, other=0).to(tl.float32)
-                    at = other + c[:, None, None] * stride_tc + (ty * WT + tx)[None, :, :] * stride_tn
-                    reads = channels[:, None, None] & (listed & (v != 0))[None, :, :]
-                    value = tl.load(at, mask=reads, other=0).to(tl.float32)
-                    toward += tl.sum((g / (dh * dw) * v)[None, :, :] * value, axis=2)
-        if OWN:
-            i = tl.load(own_index_ptr + m * N + n, mask=here, other=-1)
-            v = _inverse(tl.load(other_norms + i, mask=i >= 0, other=0), eps, ADD)
-            g = tl.load(own_grad_ptr + m * N + n, mask=here, other=0).to(tl.float32)
-            at = other + c[:, None] * stride_tc + i[None, :] * stride_tn
-            value = tl.load(at, mask=channels[:, None] & ((i >= 0) & (v != 0))[None, :], other=0).to(tl.float32)
-            toward += (g * v)[None, :] * value
+        m = tl.program_id(2) * shots + s
+        other = other_ptr + (m // per).to(tl.int64) * stride_tb
+        row = m.to(tl.int64)
+        begin = tl.load(starts_ptr + row * (N + 1) + n, mask=here, other=0)
+        end = tl.load(starts_ptr + row * (N + 1) + n + 1, mask=here, other=0)
+        for t0 in range(0, tl.max(end - begin, axis=0), BLOCK_T):
+            t = begin[:, None] + t0 + tl.arange(0, BLOCK_T)[None, :]
+            listed = t < end[:, None]
+            pair = row * total + tl.load(order_ptr + row * total + t, mask=listed, other=0)
+            pixel = tl.load(others_ptr + pair, mask=listed, other=0).to(tl.int64)
+            weight = tl.load(weights_ptr + pair, mask=listed, other=0)
+            at = other + c[:, None, None] * stride_tc + pixel[None, :, :] * stride_tn
+            value = tl.load(at, mask=channels[:, None, None] & listed[None, :, :], other=0).to(tl.float32)
+            toward += tl.sum(weight[None, :, :] * value, axis=2)
     norm = tl.load(norms_ptr + b * N + n, mask=here, other=0)
     _finish_gradient(
-        x_ptr + b * stride_xb + c[:, None] * stride_xc + n[None, :] * stride_xn,
+        x_ptr + b * stride_xb + c[:, None] * stride_xc + n.to(tl.int64)[None, :] * stride_xn,
         along_ptr + b * tl.num_programs(1) * N + n,
-        out_ptr + b * stride_ob + c[:, None] * stride_oc + n[None, :] * stride_on, toward, norm, channels, here, N, eps,
-        WRITE, ADD, BLOCK_N,
+        out_ptr + b * stride_ob + c[:, None] * stride_oc + n.to(tl.int64)[None, :] * stride_on,
+        toward, norm, channels, here, N, eps, WRITE, ADD, BLOCK_N,
     )  # fmt: skip
 
 
@@ -498,10 +514,12 @@ def _prepare(query: Tensor, support: Tensor, mask: Tensor) -> _Prepared:
     return _Prepared(*even, *norms, kept, before, listed)
 
 
-def _precision(query: Tensor) -> str:
-    """How float32 operands are multiplied."""
-    allowed = query.is_cuda and torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+def _product_options(query: Tensor) -> dict[str, Any]:
+    """How operands are multiplied: tile and precision."""
+    tf32 = query.is_cuda and torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 and query.dtype == torch.float32 else "ieee"
+    tile = TILES[precision if query.dtype == torch.float32 else "half"]
+    return {"PRECISION": precision, "WIDEN": WIDEN, **tile}
 
 
 def _facts(norm: Tensor, kept: Tensor, window: Sequence[int], every: bool, exclude: bool) -> Tensor:
@@ -512,20 +530,16 @@ def _facts(norm: Tensor, kept: Tensor, window: Sequence[int], every: bool, exclu
     return facts
 
 
-def _tile(query: Tensor) -> dict[str, int]:
-    return TILE if query.dtype == torch.float32 else HALF_TILE
-
-
 def _best(prepared: _Prepared, match: bool, eps: float, add: bool) -> tuple[Tensor, ...]:
     """Partial maxima and their indices of query (N, chunks, Nq) and, for a match, of listed support (N, tiles, Ns)."""
     query, norm = prepared.query.data, prepared.query_norm
-    (count, pixels), columns, tile = prepared.listed.shape, norm.shape[1:].numel(), _tile(prepared.query.data)
-    tiles, chunks = triton.cdiv(columns, tile["BLOCK_N"]), triton.cdiv(pixels, CHUNK)
+    (count, pixels), columns, options = prepared.listed.shape, norm.shape[1:].numel(), _product_options(query)
+    tiles, chunks = triton.cdiv(columns, options["BLOCK_N"]), triton.cdiv(pixels, CHUNK)
     shapes = (count, chunks, columns), (count, tiles if match else 0, pixels)
     partial = [norm.new_empty(shape, dtype=dtype) for shape in shapes for dtype in (torch.float32, torch.int32)]
     best_kernel[(tiles, chunks, count)](
         *prepared.operands(), *partial, *prepared.strides(), eps, prepared.shots, query.shape[1], columns, pixels,
-        MATCH=match, ADD=add, PRECISION=_precision(query), WIDEN=WIDEN, CHUNK=CHUNK, **tile,
+        MATCH=match, ADD=add, CHUNK=CHUNK, **options,
     )  # fmt: skip
     return tuple(partial)
 
@@ -545,11 +559,11 @@ def _finish(
 ) -> None:
     """Scores and indices (N, ..., H, W) of one output from its partial maxima, which start at sample `first`."""
     samples, pieces = partial[0].shape[:2]
-    grid = triton.cdiv(norm.shape[1:].numel(), BLOCK), samples
+    grid = triton.cdiv(norm.shape[1:].numel(), FINISH), samples
     outputs = results[0].shape[1] if results[0].ndim == 4 else 1
     finish_kernel[grid](
         *partial, facts, norm, before, *results, first, output, outputs, pieces, *per, *window, *norm.shape[1:],
-        LISTED=listed, ZERO=zero, BLOCK=BLOCK,
+        LISTED=listed, ZERO=zero, BLOCK=FINISH,
     )  # fmt: skip
 
 
@@ -585,17 +599,17 @@ def dense_cosine_max_fwd(
     ring = scores.new_empty((group, slots, hq * wq), dtype=torch.float32)
     shape = len(pairs), group, hs, hq * wq
     best, index = (scores.new_empty(shape, dtype=dtype) for dtype in (torch.float32, torch.int32))
-    tile = _tile(query)
-    columns = triton.cdiv(hq * wq, tile["BLOCK_N"])
+    options = _product_options(query)
+    columns = triton.cdiv(hq * wq, options["BLOCK_N"])
     for first, row in itertools.product(range(0, count, group), range(0, hs, band)):
         samples, end_row = min(group, count - first), min(hs, row + band)
         begin = row + reach if row else 0
         reached = min(hs, end_row + reach)
         if begin < reached:
-            ring_kernel[(columns, triton.cdiv((reached - begin) * ws, tile["BLOCK_M"]), samples)](
+            ring_kernel[(columns, triton.cdiv((reached - begin) * ws, options["BLOCK_M"]), samples)](
                 *prepared.operands(), ring, *prepared.strides(), eps, first, begin, reached, prepared.shots,
                 query.shape[1], hq * wq, hs * ws, ws, slots,
-                ADD=add, PRECISION=_precision(query), WIDEN=WIDEN, **tile,
+                ADD=add, **options,
             )  # fmt: skip
         for k, window in enumerate(pairs):
             window_kernel[(triton.cdiv(hq * wq, WINDOW_TILE["BLOCK_N"]), end_row - row, samples)](
@@ -632,41 +646,39 @@ def dense_cosine_match_fwd(
     return *scores, *index, query_norm, support_norm
 
 
-def _by_index(index: Tensor, outputs: int, pixels: int) -> tuple[Tensor, Tensor]:
-    """The scores (N * outputs, K) in order of the candidate they chose, of equal ones in their own, and where the
-    lists of the candidates (N * outputs, pixels + 1) start."""
-    chosen, order = index.reshape(index.shape[0] * outputs, -1).int().sort(dim=1, stable=True)
-    bounds = torch.arange(pixels + 1, dtype=torch.int32, device=index.device).repeat(chosen.shape[0], 1)
-    return order, torch.searchsorted(chosen, bounds, out_int32=True)
-
-
 def _grad_listed(
     x: Tensor,
     norm: Tensor,
     other: Tensor,
     other_norm: Tensor,
-    grad: Tensor,
-    index: Tensor,
-    own: tuple[Tensor, Tensor] | None,
-    windows: Sequence[int],
-    shots: int,
-    per_other: int,
+    scores: Sequence[tuple[Tensor, Tensor, Sequence[int], bool]],
     eps: float,
     add: bool,
 ) -> Tensor:
-    """The gradient to x from the scores of the other side that chose its pixels and, of a match, its own scores."""
-    (batch, channels, height, width), outputs = x.shape, len(windows) // 2
-    order, starts = _by_index(index, outputs, height * width)
-    out, even, others = empty_rows_like(x), _even(x), _even(other)
-    grid = triton.cdiv(height * width, LIST_TILE["BLOCK_N"]), triton.cdiv(channels, LIST_TILE["BLOCK_C"]), batch
-    along = norm.new_empty((batch, grid[1], height * width))
-    own_grad, own_index = (grad, index) if own is None else own
+    """The gradient to x from maps of scores: the gradient at one (N, K), its index, its window, whether it is of x's
+    grid and chose pixels of the other, or the other way round."""
+    (batch, channels, *grid), other_grid, count = x.shape, other.shape[2:], scores[0][0].shape[0]
+    pixels, shots, per = norm.shape[1:].numel(), count // batch, count // other.shape[0]
+    total = sum(grad.shape[1] * dh * dw for grad, _, (dh, dw), _ in scores)
+    to, others = (norm.new_empty((count, total), dtype=torch.int32) for _ in range(2))
+    weights, start = norm.new_empty((count, total)), 0
+    for grad, index, (dh, dw), own in scores:
+        pairs_kernel[(triton.cdiv(grad.shape[1], BLOCK), dh * dw, count)](
+            grad, index, other_norm, to, others, weights, grad.stride(0), index.stride(0), start, total, eps, per,
+            dh, dw, *grid, *other_grid, OWN=own, ADD=add, BLOCK=BLOCK,
+        )  # fmt: skip
+        start += grad.shape[1] * dh * dw
+    sorted_to, order = to.sort(dim=1, stable=True)
+    bounds = torch.arange(pixels + 1, dtype=torch.int32, device=to.device).repeat(count, 1)
+    starts = torch.searchsorted(sorted_to, bounds, out_int32=True)
+    out, even, others_even = empty_rows_like(x), _even(x), _even(other)
+    tiles = triton.cdiv(channels, LIST_TILE["BLOCK_C"])
+    along = norm.new_empty((batch, tiles, pixels))
     for write in (False, True):
-        grad_listed_kernel[grid](
-            grad, order, starts, own_grad, own_index, even.data, others.data, norm, other_norm, along, out,
-            *even.strides, *others.strides, *_even(out).strides, tuple(windows), eps, shots, per_other,
-            channels, height, width, *other.shape[2:],
-            L=outputs, OWN=own is not None, WRITE=write, ADD=add, **LIST_TILE,
+        grad_listed_kernel[(triton.cdiv(pixels, LIST_TILE["BLOCK_N"]), tiles, batch)](
+            order, starts, others, weights, even.data, others_even.data, norm, along, out,
+            *even.strides, *others_even.strides, *_even(out).strides, eps, shots, per, total, channels, pixels,
+            WRITE=write, ADD=add, **LIST_TILE,
         )  # fmt: skip
     return out
 
@@ -708,9 +720,9 @@ def dense_cosine_max_bwd(
                 *query_grid, *support.shape[2:], L=outputs, WRITE=write, ADD=add, **tile,
             )  # fmt: skip
     if need_support:
-        grad_support = _grad_listed(
-            support, support_norm, query, query_norm, grad, index, None, windows, 1, shots, eps, add
-        )
+        maps = grad.flatten(2).unbind(1), index.flatten(2).unbind(1), zip(windows[::2], windows[1::2], strict=True)
+        scores = [(*of_window, False) for of_window in zip(*maps, strict=True)]
+        grad_support = _grad_listed(support, support_norm, query, query_norm, scores, eps, add)
     return grad_query, grad_support, grad_mask
 
 
@@ -732,20 +744,18 @@ def dense_cosine_match_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward op, from the saved indices. The mask has no gradient."""
     grad_query, grad_support, grad_mask = query.new_empty(0), support.new_empty(0), mask.new_empty(0)
-    batch, count = query.shape[0], support.shape[0]
-    if count == 0:
+    if support.shape[0] == 0:
         grad_query = empty_rows_like(query).zero_() if need_query else grad_query
         return grad_query, empty_rows_like(support) if need_support else grad_support, grad_mask
-    of_query = grad_query_scores.contiguous(), query_index.contiguous()
-    of_support = grad_support_scores.contiguous(), support_index.contiguous()
-    query_norm, support_norm = query_norm.contiguous(), support_norm.contiguous()
-    shots, add = count // batch, eps_mode == "add"
+    query_norm, support_norm, add = query_norm.contiguous(), support_norm.contiguous(), eps_mode == "add"
+    of_query, of_support = (
+        (grad.contiguous().flatten(1), index.contiguous().flatten(1), (1, 1))
+        for grad, index in ((grad_query_scores, query_index), (grad_support_scores, support_index))
+    )
     if need_query:
-        grad_query = _grad_listed(
-            query, query_norm, support, support_norm, *of_support, of_query, (1, 1), shots, 1, eps, add
-        )
+        scores = [(*of_query, True), (*of_support, False)]
+        grad_query = _grad_listed(query, query_norm, support, support_norm, scores, eps, add)
     if need_support:
-        grad_support = _grad_listed(
-            support, support_norm, query, query_norm, *of_query, of_support, (1, 1), 1, shots, eps, add
-        )
+        scores = [(*of_query, False), (*of_support, True)]
+        grad_support = _grad_listed(support, support_norm, query, query_norm, scores, eps, add)
     return grad_query, grad_support, grad_mask
