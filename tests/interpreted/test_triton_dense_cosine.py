@@ -19,16 +19,17 @@ max_options = pytest.mark.parametrize("options", OPTIONS, ids=["zero", "exclude"
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So small that few pixels and channels are many tiles, chunks, steps and, with windows, bands and groups."""
-    tile, map_tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}, {"BLOCK_C": 16, "BLOCK_N": 16}
+    tile, map_tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}, {"BLOCK_C": 16, "BLOCK_N": 32}
     for name, value in {
-        "TILES": {key: tile for key in ("ieee", "half")},
+        "TILES": {"ieee": tile, "half": tile},
         "CHUNK": 32,
-        "BLOCK": 32,
+        "BLOCK": 64,
+        "FINISH": 32,
         "RING": 0,  # bands of one row
         "WINDOW_TILE": {"BLOCK_X": 4, "BLOCK_N": 32},
-        "LIST_TILE": {"BLOCK_C": 16, "BLOCK_N": 8, "BLOCK_T": 2},
-        "GATHER_TILES": {last: map_tile for last in (False, True)},
-        "NORM_TILES": {last: map_tile for last in (False, True)},
+        "LIST_TILE": {"BLOCK_C": 16, "BLOCK_N": 32, "BLOCK_T": 2},
+        "GATHER_TILES": {False: map_tile, True: map_tile},
+        "NORM_TILES": {False: map_tile, True: map_tile},
     }.items():
         monkeypatch.setattr(triton_kernels, name, value)
 
@@ -38,9 +39,9 @@ def randn(*shape):
 
 
 def signs(*shape):
-    """Vectors (C = 256) of entries +-1/16: norm 1, and every sum of products is exact."""
+    """Vectors (C = 64) of entries +-1/8: norm 1, and every sum of products is exact."""
     generator = torch.Generator().manual_seed(sum(shape))
-    return (2 * torch.randint(0, 2, shape, generator=generator) - 1) / 16
+    return (2 * torch.randint(0, 2, shape, generator=generator) - 1) / 8
 
 
 def foreground(batch, shots, height, width):
@@ -65,6 +66,12 @@ def evaluated(backend, function, tensors, options, dtype=torch.float32):
         return [*(r.detach() for r in results), *torch.autograd.grad(loss, leaves)]
 
 
+def scores_of(backend, function, tensors, options):
+    """Results alone."""
+    with fss_kernels.use_backend(backend):
+        return function(*tensors, **options)
+
+
 def agree(function, *tensors, **options):
     """The reference in float64, its indices exactly; returns our results."""
     ours = evaluated("triton", function, tensors, options)
@@ -76,16 +83,17 @@ def agree(function, *tensors, **options):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @max_options
 def test_max_of_many_tiles(small_tiles, options, layout):
-    query, support = (testing.LAYOUTS[layout](x) for x in (randn(2, 35, 7, 9), randn(2, 2, 35, 11, 8)))
-    agree(dense_cosine_max, query, support, foreground(2, 2, 11, 8), **options)
-    agree(dense_cosine_max, query, support, foreground(2, 2, 40, 30), eps=0.5, eps_mode="add", **options)
-    agree(dense_cosine_max, query[:1], support[:1], **options)
+    query, support = (testing.LAYOUTS[layout](x) for x in (randn(2, 35, 6, 7), randn(2, 2, 35, 9, 6)))
+    agree(dense_cosine_max, query, support, foreground(2, 2, 9, 6), **options)
+    one = query[:1], support[:1, 1:]
+    agree(dense_cosine_max, *one, foreground(1, 1, 40, 30), eps=0.5, eps_mode="add", **options)
+    agree(dense_cosine_max, *one, **options)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_match_of_many_tiles(small_tiles, layout):
-    query, support = (testing.LAYOUTS[layout](x) for x in (randn(2, 35, 7, 9), randn(2, 2, 35, 11, 8)))
-    agree(dense_cosine_match, query, support, foreground(2, 2, 11, 8))
+    query, support = (testing.LAYOUTS[layout](x) for x in (randn(2, 35, 6, 7), randn(2, 2, 35, 9, 6)))
+    agree(dense_cosine_match, query, support, foreground(2, 2, 9, 6))
     agree(dense_cosine_match, query, support, foreground(2, 2, 40, 30), eps=6.0)
     agree(dense_cosine_match, query[:1], support[:1])
 
@@ -106,7 +114,7 @@ def test_grids_smaller_than_windows(grids):
         agree(dense_cosine_max, query, support, mask, windows=((5, 7), *DPCN), masked=masked)
 
 
-@pytest.mark.parametrize("rows", [0, 3, 4, 6, 100])
+@pytest.mark.parametrize("rows", [0, 6, 100])
 def test_bands_do_not_matter(monkeypatch, rows):
     """However many rows the ring holds, whatever the samples that share it: the same bits."""
     tensors = randn(3, 9, 5, 4), randn(3, 9, 7, 6), foreground(3, 1, 7, 6)[:, 0]
@@ -119,9 +127,9 @@ def test_bands_do_not_matter(monkeypatch, rows):
 @pytest.mark.parametrize("masked", ["zero", "exclude"])
 def test_ties_take_the_lowest_index(small_tiles, masked):
     """Repeated vectors with exact arithmetic, in every position of a tile and in later tiles, chunks and rows."""
-    few = signs(1, 256, 1, 4)
-    query = few[..., torch.arange(66) % 4].view(1, 256, 6, 11)
-    support = few[..., torch.arange(91) % 3].view(1, 256, 7, 13)
+    few = signs(1, 64, 1, 4)
+    query = few[..., torch.arange(66) % 4].view(1, 64, 6, 11)
+    support = few[..., torch.arange(91) % 3].view(1, 64, 7, 13)
     mask = torch.ones(1, 7, 13)
     mask[0, 0, :5] = 0
     for function, options in (
@@ -130,7 +138,7 @@ def test_ties_take_the_lowest_index(small_tiles, masked):
         (dense_cosine_match, {}),
     ):
         tensors = query, support, mask
-        ours, wanted = (evaluated(backend, function, tensors, options)[:-2] for backend in ("triton", "reference"))
+        ours, wanted = (scores_of(backend, function, tensors, options) for backend in ("triton", "reference"))
         for got, like in zip(ours, wanted, strict=True):
             assert torch.equal(got, like)
 
@@ -200,12 +208,10 @@ def test_nan_is_decided_from_the_norms(small_tiles, options, bad):
             s[0, 1, 3, 2, 5] = s[0, 1, 0, 5, 6] = bad
         else:
             q[0, 7, 2, 1] = bad
-        ours, wanted = (
-            evaluated(backend, function, (q, s, mask), options if function is dense_cosine_max else {})
-            for backend in ("triton", "reference")
-        )
-        assert any(w.isnan().any() for w in wanted[:-2]) and any(w.isfinite().any() for w in wanted[:-2])
-        for got, like in zip(ours[:-2], wanted[:-2], strict=True):
+        chosen = options if function is dense_cosine_max else {}
+        ours, wanted = (scores_of(backend, function, (q, s, mask), chosen) for backend in ("triton", "reference"))
+        assert any(w.isnan().any() for w in wanted) and any(w.isfinite().any() for w in wanted)
+        for got, like in zip(ours, wanted, strict=True):
             torch.testing.assert_close(got, like, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
@@ -251,7 +257,8 @@ def test_views_are_read_in_place():
         assert triton_kernels._even(x[..., 1:4]).data.data_ptr() != x[..., 1:4].data_ptr()
 
 
-def test_strides_past_2_31():
+def test_strides_past_2_31(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # of 8 GB of address space
     large = 2**31 + 64
     features = []
     for grid in ((4, 3), (3, 5)):

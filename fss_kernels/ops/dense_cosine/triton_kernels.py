@@ -42,7 +42,7 @@ from fss_kernels.ops.masked_avg_pool.triton_kernels import _resized
 from fss_kernels.ops.prototype_cosine.triton_kernels import _inverse, _slope
 
 TILES = {  # of a product; more spills
-    "ieee": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4},
+    "ieee": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4},
     "tf32": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8},
     "half": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8},
 }
@@ -392,8 +392,8 @@ def pairs_kernel(
     grad_ptr, index_ptr, norms_ptr, to_ptr, other_ptr, weight_ptr, stride_gm, stride_im, start, total, eps, per, dh, dw,
     H, W, HT, WT, OWN: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pairs (N, total) at start + e * count + j, what score j and offset e of a window add to a gradient on grid (H, W):
-    `weight` times vector `other` of grid (HT, WT) to pixel `to`, -1 for nothing. Scores of the other grid choose a pixel
+    """Pairs (N, total) at start + e * count + j: what score j and offset e of a window add to a gradient on (H, W),
+    `weight` times vector `other` of grid (HT, WT) to pixel `to`, -1 for nothing. Scores of the other grid choose pixels
     of this one, or, OWN, the other way round. Norms are those of the other's sample m // per."""
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     e = tl.program_id(1)
