@@ -176,11 +176,11 @@ def dense_cosine(k):
 
 # Folder of ops -> a generator of (kernel, id, pointer types, constants): what its launchers instantiate.
 OPS = {
-    "dense_cosine": dense_cosine,
     "masked_avg_pool": masked_avg_pool,
     "dynamic_conv2d": dynamic_conv2d,
     "prototype_cosine": prototype_cosine,
     "hypercorrelation": hypercorrelation,
+    "dense_cosine": dense_cosine,
 }
 
 

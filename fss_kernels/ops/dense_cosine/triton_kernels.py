@@ -511,7 +511,7 @@ def _prepare(query: Tensor, support: Tensor, mask: Tensor) -> _Prepared:
         )  # fmt: skip
     if count:
         compact_kernel[(count,)](kept, before, listed, pixels, BLOCK=BLOCK)
-    return _Prepared(*even, *norms, kept, before, listed)
+    return _Prepared(even[0], even[1], norms[0], norms[1], kept, before, listed)
 
 
 def _product_options(query: Tensor) -> dict[str, Any]:
@@ -589,8 +589,8 @@ def dense_cosine_max_fwd(
     facts = [_facts(prepared.support_norm, prepared.kept, window, False, exclude) for window in pairs]
     per = 1, prepared.shots
     if pairs == [(1, 1)]:
-        best = _best(prepared, False, eps, add)[:2]
-        _finish(best, facts[0], prepared.query_norm, prepared.before, results, per, zero=not exclude)
+        partial = _best(prepared, False, eps, add)
+        _finish(partial[:2], facts[0], prepared.query_norm, prepared.before, results, per, zero=not exclude)
         return *results, *norms
     reach = max(dh for dh, _ in pairs) // 2
     band = max(1, RING // (4 * ws * hq * wq) - 2 * reach)  # rows of candidates between two products
@@ -617,10 +617,9 @@ def dense_cosine_max_fwd(
                 EXCLUDE=exclude, **WINDOW_TILE,
             )  # fmt: skip
             if end_row == hs:
-                partial = best[k, :samples], index[k, :samples]
                 _finish(
-                    partial, facts[k], prepared.query_norm, prepared.before, results, per, first, k, window,
-                    zero=not exclude,
+                    (best[k, :samples], index[k, :samples]), facts[k], prepared.query_norm, prepared.before, results,
+                    per, first, k, window, zero=not exclude,
                 )  # fmt: skip
     return *results, *norms
 
@@ -643,7 +642,7 @@ def dense_cosine_match_fwd(
         _finish((best, best_index), of_support, query_norm, before, (scores[0], index[0]), (1, shots))
         partial = across, across_index
         _finish(partial, of_query, support_norm, before, (scores[1], index[1]), (shots, 1), listed=True)
-    return *scores, *index, query_norm, support_norm
+    return scores[0], scores[1], index[0], index[1], query_norm, support_norm
 
 
 def _grad_listed(
