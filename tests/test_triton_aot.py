@@ -126,23 +126,72 @@ def dynamic_conv2d(k):
             yield k.grad_taps_kernel, f"{id}-{layout}", half, tile
 
 
-# Op -> a generator of (kernel, id, pointer types, constants): what its launchers instantiate.
+def dense_cosine(k):
+    """A stride that is 1 is a constant of the compiled kernel."""
+
+    def unit(last, *operands):
+        return {f"stride_{operand}{'c' if last else 'n'}": 1 for operand in operands}
+
+    features = ("x_ptr", "query_ptr", "support_ptr", "other_ptr", "grad_ptr", "out_ptr", "scores_ptr")
+    lists = dict.fromkeys(("before_ptr", "list_ptr", "facts_ptr", "starts_ptr"), "i32") | {"kept_ptr": "i8"}
+    partial = {**lists, **dict.fromkeys(("index_ptr", "across_index_ptr", "best_index_ptr"), "i32")}
+    saved = {**lists, **dict.fromkeys(("index_ptr", "order_ptr"), "i64"), "others_ptr": "i32"}
+    pairs = {"index_ptr": "i64", "to_ptr": "i32", "other_ptr": "i32"}
+    for x in DTYPES:
+        own = dict.fromkeys(features, x)
+        for last in (False, True) if x != "fp16" else (False,):
+            name = f"{x}-{'last' if last else 'planes'}"
+            for mask in ("fp32", None) if last else ("u8", "fp32", None):
+                options = {"MASKED": mask is not None, **unit(last, ""), **k.NORM_TILES[last]}
+                yield k.norm_kernel, f"{name}-{mask}", {**own, **lists, "mask_ptr": mask or "fp32"}, options
+            for precision in ("ieee", "tf32") if x == "fp32" and not last else ("ieee",):
+                tile = k.TILES[precision if x == "fp32" else "half"]
+                options = {"ADD": last, "PRECISION": precision, "WIDEN": False, **unit(last, "q", "s"), **tile}
+                yield k.ring_kernel, f"{name}-{precision}", {**own, **lists}, options
+                for match in (False, True):
+                    id = f"{name}-{precision}-{'match' if match else 'max'}"
+                    yield k.best_kernel, id, {**own, **partial}, {**options, "MATCH": match, "CHUNK": k.CHUNK}
+            for windows in (1, 3) if x == "bf16" else (1,):
+                for write in (False, True):
+                    id = f"{name}-{windows}-{'write' if write else 'sum'}"
+                    pointers = {**own, **saved, "windows": 2 * windows}
+                    options = {"L": windows, "WRITE": write, "ADD": last}
+                    tile = {**unit(last, "q", "s", "o"), **k.GATHER_TILES[last]}
+                    yield k.grad_query_kernel, id, pointers, {**options, **tile}
+            for write in (False, True):
+                options = {"WRITE": write, "ADD": last, **unit(last, "x", "t", "o"), **k.LIST_TILE}
+                yield k.grad_listed_kernel, f"{name}-{'write' if write else 'sum'}", {**own, **saved}, options
+        for side in (False, True):
+            options = {"OWN": side, "ADD": side, "BLOCK": k.BLOCK}
+            yield k.pairs_kernel, f"{x}-{'own' if side else 'other'}", {**own, **pairs}, options
+        for id, listed, zero in (("zero", False, True), ("exclude", False, False), ("support", True, False)):
+            pointers = {**own, **partial, "index_ptr": "i64"}
+            yield k.finish_kernel, f"{x}-{id}", pointers, {"LISTED": listed, "ZERO": zero, "BLOCK": k.FINISH}
+    yield k.compact_kernel, "lists", lists, {"BLOCK": k.BLOCK}
+    for id, every, exclude in (("zero", False, False), ("exclude", False, True), ("query", True, False)):
+        yield k.candidates_kernel, id, lists, {"EVERY": every, "EXCLUDE": exclude, "BLOCK": k.BLOCK}
+    for id, exclude in (("zero", False), ("exclude", True)):
+        yield k.window_kernel, id, partial, {"EXCLUDE": exclude, **k.WINDOW_TILE}
+
+
+# Folder of ops -> a generator of (kernel, id, pointer types, constants): what its launchers instantiate.
 OPS = {
     "masked_avg_pool": masked_avg_pool,
     "dynamic_conv2d": dynamic_conv2d,
     "prototype_cosine": prototype_cosine,
     "hypercorrelation": hypercorrelation,
+    "dense_cosine": dense_cosine,
 }
 
 
-def module(op):
-    return importlib.import_module(f"fss_kernels.ops.{op}.triton_kernels")
+def module(folder):
+    return importlib.import_module(f"fss_kernels.ops.{folder}.triton_kernels")
 
 
 def variants():
     """(kernel, id, signature, constants) of everything the launchers of all ops instantiate."""
-    for op, of in OPS.items():
-        yield from of(module(op))
+    for folder, of in OPS.items():
+        yield from of(module(folder))
 
 
 def signature(kernel, pointers, constants):
@@ -185,8 +234,11 @@ def resources(compiled, target) -> dict[str, int]:
 def compile_one(target_name: str, index: int) -> tuple[str, dict[str, int]]:
     """Name and resources of one variant."""
     target, (kernel, id, pointers, constants) = TARGETS[target_name], list(variants())[index]
+    constants, options = dict(constants), {"enable_fp_fusion": True}
+    if "num_warps" in constants:
+        options["num_warps"] = constants.pop("num_warps")
     source = ASTSource(kernel, signature(kernel, pointers, constants), constants)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True})
+    compiled = triton.compile(source, target=target, options=options)
     return f"{kernel.__name__}[{id}]", resources(compiled, target)
 
 
@@ -208,11 +260,13 @@ def test_compiles_without_spills(target):
         print(f"resources that differ from {TABLE.name}: {changed}")
 
 
-@pytest.mark.parametrize("op", [name for name, op in _library.ops.items() if "triton" in op.backends])
-def test_every_kernel_is_listed(op):
+@pytest.mark.parametrize(
+    "folder", sorted({o.folder or o.name for o in _library.ops.values() if "triton" in o.backends})
+)
+def test_every_kernel_is_listed(folder):
     """A kernel that is not among the variants would never be compiled here."""
-    kernels = {name for name in vars(module(op)) if name.endswith("_kernel")}
-    assert kernels and kernels == {kernel.__name__ for kernel, *_ in OPS[op](module(op))}
+    kernels = {name for name in vars(module(folder)) if name.endswith("_kernel")}
+    assert kernels and kernels == {kernel.__name__ for kernel, *_ in OPS[folder](module(folder))}
 
 
 if __name__ == "__main__" and "--write" in sys.argv:

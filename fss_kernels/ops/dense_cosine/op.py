@@ -129,6 +129,7 @@ for _op, _forward, _backward, _fake in (
 ):
     _op.backends["reference"] = _library.Backend(_dense(_forward), _dense_gradients(_op, _backward))
     _op.add_compiled("cpp")
+    _op.add_triton("fss_kernels.ops.dense_cosine.triton_kernels")
     _op.register_fake(_fake, _backward_fake(_op))
     _op.register_vmap(_forward_vmap(_op), _backward_vmap(_op))
 
