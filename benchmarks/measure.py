@@ -29,7 +29,8 @@ from fss_kernels.testing import Sample, Spec
 
 OURS = "fss_kernels"
 MODES = ("forward", "forward+backward")
-QUICK_BYTES = 64 << 20  # a quick run has the sizes that move at most this much in a forward call
+# A quick run has the sizes that move, and multiply, at most this much in a forward call.
+QUICK_BYTES, QUICK_FLOPS = 64 << 20, 4e9
 # A peer further from float64 than this, relative to the largest element, does not compute the same thing.
 SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
 # A peer this many times slower than the fastest one sits out after the first rounds: it decides nothing.
@@ -108,7 +109,8 @@ def rows(plan: Plan) -> list[Row]:
             for dtype in plan.dtypes:
                 if plan.quick:
                     sample = spec.benchmark_sample(**arguments)
-                    if spec.cost(sample, getattr(torch, dtype), "forward").bytes > QUICK_BYTES:
+                    cost = spec.cost(sample, getattr(torch, dtype), "forward")
+                    if cost.bytes > QUICK_BYTES or cost.flops > QUICK_FLOPS:
                         continue
                 result += [Row(op, size, dtype, mode, arguments) for mode in modes]
     return result
