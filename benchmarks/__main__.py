@@ -196,9 +196,12 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
         out: page to write
         demo: folder that `fss-models demo` wrote, to show its scores and pictures
     """
+    from benchmarks import glyphs
     from benchmarks.report import render
 
-    environment.write_text(out, render(json.loads(Path(file).read_text()), Path(demo) if demo else None))
+    rows = glyphs.cells()
+    experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg()} if rows else None
+    environment.write_text(out, render(json.loads(Path(file).read_text()), Path(demo) if demo else None, experiment))
     _say(f"report -> {out}")
     return 0
 
@@ -210,6 +213,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         check: only compare; exit with 1 on a difference
         file: the README
     """
+    from benchmarks import glyphs
     from benchmarks.report import readme_section, replace_section
 
     committed = _newest()
@@ -218,7 +222,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         return 0
     text = Path(file).read_text() if Path(file).exists() else ""
     try:
-        new = replace_section(text, readme_section(committed))
+        new = replace_section(text, readme_section(committed, glyphs.markdown()))
     except ValueError as error:
         _say(f"readme: skipped, {file}: {error}")
         return 0

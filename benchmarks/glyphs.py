@@ -192,17 +192,24 @@ def table() -> int:
     return 0
 
 
-def markdown() -> str:
-    """The table of `table`."""
-    lines = [
-        "| method | mIoU, 1 shot | FB-IoU, 1 shot | mIoU, 5 shots | FB-IoU, 5 shots | rate | parameters | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+HEADER = ("method", "mIoU, 1 shot", "FB-IoU, 1 shot", "mIoU, 5 shots", "FB-IoU, 5 shots", "rate", "parameters", "seeds")
+
+
+def cells() -> list[list[str]]:
+    """The rows of the table below `HEADER`, as text; none without results."""
+    lines = []
     for row in rows():
-        cells = [_cell(row["values"][s, k]) for s in SHOTS for k in ("miou", "fb_iou")]
+        scores = [_cell(row["values"][s, k]) for s in SHOTS for k in ("miou", "fb_iou")]
         rate = f"{row['rate']:g}" if row["rate"] is not None else "none"
-        lines.append(f"| {row['title']} | {' | '.join(cells)} | {rate} | {row['parameters']:,} | {row['seeds']} |")
-    return "\n".join(lines)
+        lines.append([row["title"], *scores, rate, f"{row['parameters']:,}", str(row["seeds"])])
+    return lines
+
+
+def markdown() -> str:
+    """The table of `table`; empty without results."""
+    if not (body := cells()):
+        return ""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *body))
 
 
 def svg() -> str:

@@ -1,6 +1,6 @@
 """DPCN on the kernels against the same network on the reference, and its SAM against the literal window code.
 
-    python -m benchmarks.models [--out FILE] [--quick]
+    python -m benchmarks.models [--out FILE] [--quick true]
 
 ResNet-50 at 473 x 473, the PASCAL setting, batch 1; --quick has a tiny backbone at 65 x 65, to test this program. The
 providers take turns, in an order drawn anew every round. Besides times a row holds the share of them spent in ops, the
@@ -9,8 +9,8 @@ peak of what PyTorch allocates in a call, and the peak resident size of a proces
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import os
 import random
 import resource
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 import fss_kernels
@@ -218,8 +219,8 @@ def measure_task(task: Task, plan: Plan, wrong: dict[str, str]) -> None:
 
 def peak_of_a_process(plan: Plan, task: Task, provider: str) -> int:
     """Largest resident size of a process that builds the network and makes one call, in bytes."""
-    command = [sys.executable, "-m", "benchmarks.models", "--peak", f"{task.op}:{task.mode}:{provider}"]
-    command += ["--quick"] if plan == QUICK else []
+    command = [sys.executable, "-m", "benchmarks.models", "--peak_of", f"{task.op}:{task.mode}:{provider}"]
+    command += ["--quick=true"] if plan == QUICK else []
     # an allocator that keeps everything would count what is free again
     env = {k: v for k, v in os.environ.items() if k not in environment.ALLOCATOR}
     done = subprocess.run(command, cwd=environment.ROOT, env=env, capture_output=True, text=True, check=True)
@@ -287,27 +288,27 @@ def run(plan: Plan, out: Path) -> int:
     return 1 if failures else 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the measuring process starts with the allocator and the threads fixed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<machine>-models.json")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, to test this program")
-    parser.add_argument("--rounds", type=int, help="rounds in which every provider has a turn")
-    parser.add_argument("--peak", metavar="OP:MODE:PROVIDER", help="make one call, print the peak resident size")
-    chosen = parser.parse_args(arguments)
-    plan = QUICK if chosen.quick else Plan()
-    if chosen.peak:
-        print(peak(plan, chosen.peak))
+def main(out: str = "", quick: bool = False, rounds: int | None = None, peak_of: str = "") -> int:
+    """Measures DPCN; the measuring process starts with the allocator and the threads fixed.
+
+    Args:
+        out: result file; benchmarks/results/<machine>-models.json.
+        quick: a tiny network, to test this program.
+        rounds: in which every provider has a turn.
+        peak_of: op:mode:provider; makes that one call and prints the peak resident size.
+    """
+    plan = QUICK if quick else Plan()
+    if peak_of:
+        print(peak(plan, peak_of))
         return 0
-    out = chosen.out or environment.ROOT / "benchmarks" / "results" / f"{environment.machine_slug()}-models.json"
     if CHILD not in os.environ:
         own = {**environment.ALLOCATOR, "OMP_NUM_THREADS": str(environment.cores()), CHILD: "1"}
-        command = [sys.executable, "-m", "benchmarks.models", *(sys.argv[1:] if arguments is None else arguments)]
+        command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | own).returncode
-    if chosen.rounds:
-        plan = Plan(plan.backbone, plan.size, chosen.rounds, plan.seed)
-    return run(plan, out)
+    slug = environment.machine_slug()
+    file = Path(out) if out else environment.ROOT / "benchmarks" / "results" / f"{slug}-models.json"
+    return run(dataclasses.replace(plan, rounds=rounds) if rounds else plan, file)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(auto_cli(main))

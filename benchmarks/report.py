@@ -108,8 +108,14 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def render(results: dict[str, Any], demo: Path | None = None) -> str:
-    """One self-contained HTML page; ``demo``: the folder that `fss-models demo` wrote, for its scores and pictures."""
+def render(results: dict[str, Any], demo: Path | None = None, glyphs: dict[str, Any] | None = None) -> str:
+    """One self-contained HTML page.
+
+    Args:
+        results: a result file.
+        demo: the folder that `fss-models demo` wrote, for its scores and pictures.
+        glyphs: ``header``, ``rows`` and ``curves`` of the glyph experiment.
+    """
     rows = [{**row, "plot": _plot(row)} for row in tables(results)]
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -121,11 +127,15 @@ def render(results: dict[str, Any], demo: Path | None = None) -> str:
         trained = json.loads((demo / "demo.json").read_text())
         pictures = base64.b64encode((demo / "grid.png").read_bytes()).decode()
     template = _templates().get_template("report.html.j2")
-    return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures)
+    return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures,
+                           glyphs=glyphs)  # fmt: skip
 
 
-def readme_section(files: list[dict[str, Any]]) -> str:
-    """The README's tables, of ops and of networks, one each a machine, of result files that share no op."""
+def readme_section(files: list[dict[str, Any]], glyphs: str = "") -> str:
+    """The README's tables, of ops and of networks, one each a machine, of result files that share no op.
+
+    ``glyphs``: the table of the glyph experiment, in Markdown.
+    """
     machines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for results in sorted(files, key=lambda f: f["plan"]["ops"]):
         env = results["environment"]
@@ -133,7 +143,7 @@ def readme_section(files: list[dict[str, Any]]) -> str:
         kind = "networks" if any("share_in_ops" in row for row in results["rows"]) else "ops"
         machine = machines.setdefault(key, {"ops": [], "networks": []})
         machine[kind].append({**results, "tables": tables(results)})
-    return _templates().get_template("readme.md.j2").render(machines=list(machines.values()))
+    return _templates().get_template("readme.md.j2").render(machines=list(machines.values()), glyphs=glyphs)
 
 
 def replace_section(text: str, section: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ def precise(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-class FewShotModel(nn.Module):
+class FewShotModel(nn.Module, ABC):
     """A backbone, ``segment`` (features to logits) and ``episode_loss`` (features to the training loss).
 
     Args:
@@ -169,13 +170,13 @@ class FewShotModel(nn.Module):
         weights = resized(mask.flatten(0, 1).unsqueeze(1), support.stage3.shape[-2:])
         return support._replace(stage4=backbone.stage4(support.stage3 * weights.to(support.stage3.dtype)))
 
+    @abstractmethod
     def segment(self, query: Features, support: Features, labels: Tensor) -> Tensor:
         """Query (B, C, h, w), support (B*S, C, h, w) and labels (B, S, H, W) of support to logits (B, 2, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def episode_loss(self, query: Features, support: Features, labels: Tensor, target: Tensor) -> Tensor:
         """The training loss from features, support labels (B, S, H, W) and query labels (B, H, W)."""
-        raise NotImplementedError
 
     def forward(self, query: Tensor, support: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, 2, H, W), background and foreground, at image size.

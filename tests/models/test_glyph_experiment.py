@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import glyphs
+from benchmarks import glyphs, report
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def test_rate_is_chosen_on_training_classes(small: Path) -> None:
     assert row["values"][1, "miou"] == [11.0, 15.0]
     assert "| DPCN | 13.0 ± 2.8 | 50.0 ± 0.0 | 17.0 ± 2.8 | 50.0 ± 0.0 | 0.002 | 7 | 2 |" in glyphs.markdown()
     assert glyphs.svg().startswith("<svg")
+    assert "13.0 ± 2.8" in report.readme_section([], glyphs.markdown())
 
 
 def test_runs_and_does_not_repeat(small: Path, capsys: pytest.CaptureFixture) -> None:

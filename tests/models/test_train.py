@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -99,8 +100,13 @@ def test_killed_three_times_and_resumed_gives_the_same_bits(tmp_path: Path) -> N
         files[name].write_text(json.dumps(to_dict(run)))
     assert launch(["run.py", str(files["straight"])], tmp_path).returncode == 0
     folder = tmp_path / "killed" / "checkpoints"
-    # steps where no checkpoint is, so that work is lost, and one in the middle of a checkpoint's second file
-    for kill, left in (({"KILL_AT_STEP": "3"}, 2), ({"KILL_IN_SAVE": "6"}, 4), ({"KILL_AT_STEP": "7"}, 6)):
+    seed = random.randrange(1 << 32)
+    print(f"seed of the kills: {seed}")
+    draw = random.Random(seed)
+    in_save = draw.choice((4, 6, 8))  # in the middle of a checkpoint's second file
+    for at in sorted([in_save, *draw.sample([n for n in range(3, 8) if n != in_save], 2)]):
+        kill = {"KILL_IN_SAVE" if at == in_save else "KILL_AT_STEP": str(at)}
+        left = at - 2 if at == in_save else at // 2 * 2
         killed = launch(["run.py", str(files["killed"])], tmp_path, **kill)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert checkpoints.complete(folder)[-1].name == f"step-{left:08d}"

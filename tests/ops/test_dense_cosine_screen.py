@@ -103,6 +103,15 @@ def cases():
     yield "one-sided-alike", rounded, copies, None, {}
     yield "one-sided-alike-other-side", copies, rounded, None, {}
 
+    # the error of one vector alone: the others are exact in bfloat16, and the winner's strip or panel comes late
+    exact = torch.zeros(1, 64, 400)
+    for i in range(4):
+        exact[0, (4 * (at + i) + torch.where(at < 300, 2, 0)) % 64, at] = 0.5
+    mixed = randn(1, 64, 200)
+    mixed[..., 50:200:30] = rounded[..., :1, 0]
+    yield "one-sided-alone", mixed.view(1, 64, 10, 20), exact.view(1, 64, 20, 20), None, {}
+    yield "one-sided-alone-other-side", exact.view(1, 64, 20, 20), mixed.view(1, 64, 10, 20), None, {}
+
     # vectors that are zero, tiny, huge or not finite
     for value in (0.0, 1e-25, 1e-21, 1e-13, 1e17, 1e19, 1e25, math.inf, math.nan):
         for side in ("query", "support", "both"):
@@ -112,6 +121,12 @@ def cases():
                     x[:, :, 3, ::4] = x[:, :, 3, ::4] * value if math.isfinite(value) else value
             for eps in (0.0, 1e-7):
                 yield f"{side}-{value}-{eps}", query, support, None, {"eps": eps}
+    for value in (1e-12, 1e-20, 1e-23):
+        yield f"all-{value}", randn(1, 80, 12, 13) * value, randn(1, 80, 15, 21) * value, None, {"eps": 0.0}
+    query, support = randn(2, 80, 12, 13), randn(2, 2, 80, 15, 21)
+    query[..., ::3], support[..., ::2] = 0, 0
+    yield "zero-under-a-mask", query, support, rand(2, 2, 5, 6) > 0.6, {}
+    yield "below-zero-under-a-mask", query.abs(), -support.abs(), rand(2, 2, 5, 6) > 0.6, {}
     dead = torch.zeros(1, 80, 12, 13)
     yield "dead-query", dead, randn(1, 80, 15, 21), None, {}
     yield "dead-support", randn(1, 80, 15, 21), dead, None, {}
