@@ -18,9 +18,10 @@ _RANGE_EPS = 1e-7  # of the released min-max
 def _stretched(maps: Tensor, flat_eps: float) -> Tensor:
     """Every map (..., H, W) brought to 0 ... 1 by (a - min) / (max - min + 1e-7); 0 where max - min <= flat_eps.
 
-    The gradient goes to one minimum and one maximum, the first of each: `amin` and `amax` would spread it.
+    The gradient goes to one minimum and one maximum, the first of each: `amin` and `amax` would spread it. Half
+    precision is widened to float32, in which 1e-7 counts.
     """
-    flat = maps.flatten(-2)
+    flat = maps.to(torch.promote_types(maps.dtype, torch.float32)).flatten(-2)
     low, high = flat.min(-1, keepdim=True).values, flat.max(-1, keepdim=True).values
     stretched = (flat - low) / (high - low + _RANGE_EPS)
     return torch.where(high - low <= flat_eps, 0.0, stretched).view(maps.shape)
@@ -82,7 +83,9 @@ def prior_mask(
         raise ValueError(f"{name}: size must be None or a pair of positive int, got {size!r}")
     scores, _ = dense_cosine_max(query, support, mask, masked=masked, eps=eps)
     prior = _mean_of_shots(name, _stretched(scores, flat_eps))
-    return prior if size is None else F.interpolate(prior, tuple(size), mode="bilinear", align_corners=True)
+    if size is not None:
+        prior = F.interpolate(prior, tuple(size), mode="bilinear", align_corners=True)
+    return prior.to(scores.dtype)
 
 
 def support_activation(
@@ -123,7 +126,7 @@ def support_activation(
     name = "support_activation"
     flat_eps = _checks.non_negative(name, "flat_eps", flat_eps)
     scores, _ = dense_cosine_max(query, support, mask, windows=windows, eps=eps)
-    return _mean_of_shots(name, _stretched(scores, flat_eps))
+    return _mean_of_shots(name, _stretched(scores, flat_eps)).to(scores.dtype)
 
 
 def cycle_consistent_foreground(

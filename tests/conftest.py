@@ -60,7 +60,7 @@ def recorded_ops() -> Callable[[], list[tuple[str, tuple]]]:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untyped-def]
-    """Skips by reason: only a missing GPU or nvcc may skip a test."""
+    """Skips by reason: only missing hardware or nvcc may skip a test."""
     reasons: dict[str, int] = {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2].removeprefix("Skipped: ")
@@ -72,5 +72,5 @@ def pytest_sessionfinish(session, exitstatus) -> None:  # type: ignore[no-untype
     """A skip for another reason than missing hardware is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for report in reporter.stats.get("skipped", []) if reporter else []:
-        if report.longrepr[2].removeprefix("Skipped: ") not in ("no GPU", "no nvcc"):
+        if report.longrepr[2].removeprefix("Skipped: ") not in ("no GPU", "no nvcc", "no AVX512-BF16"):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

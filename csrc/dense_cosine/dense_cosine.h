@@ -519,12 +519,13 @@ void finish_query(const Args& a) {
   const A* norms = static_cast<const A*>(a.query.norms) + a.b * a.query.pixels();
   T* scores = static_cast<T*>(a.scores);
   int64_t* indices = a.indices;
+  const bool summed = a.up + a.left > 0;
   for (int64_t map = 0; map < a.maps; ++map) {
     const Window& window = a.windows[map];
     const Survey found = survey<A>(a, window);
-    const A* best = static_cast<const A*>(a.best) + map * a.positions;
-    const integer<A>* index = static_cast<const integer<A>*>(a.index) + map * a.positions;
-    const bool summed = a.up + a.left > 0;
+    const int64_t maxima_at = summed ? map * a.positions : 0;  // windows that are all one pixel share theirs
+    const A* best = static_cast<const A*>(a.best) + maxima_at;
+    const integer<A>* index = static_cast<const integer<A>*>(a.index) + maxima_at;
     for (int64_t y = 0; y < a.query.height; ++y) {
       for (int64_t x = 0; x < a.query.width; ++x) {
         const int64_t p = y * padded_width(a) + x;
@@ -620,6 +621,7 @@ void sort_pairs(const GradArgs& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   for (int64_t task = begin; task < end; ++task) {
     const bool by_query = task % 2 == 0;
+    if ((by_query ? a.query : a.support).gradient == nullptr) continue;
     const int64_t n = a.b * a.shots + task / 2, pixels = by_query ? a.query.pixels() : a.support.pixels();
     const Operand& other = by_query ? a.support : a.query;
     const A* norms = static_cast<const A*>(other.norms) + (by_query ? n : a.b) * other.pixels();

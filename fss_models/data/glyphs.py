@@ -155,11 +155,13 @@ class GlyphEpisodes(Dataset):
         truth = np.zeros((size, size), bool)
         others = [c for c in self.class_ids if c != class_id]
         count = int(rng.integers(1, self.distractors + 1)) if self.distractors else 0
-        taken: list[tuple[float, float, float, float]] = []
-        for c in (class_id, *(int(i) for i in rng.choice(others, count, replace=False))):
-            alpha = self._place(c, rng, taken)
-            if alpha is None:
-                continue
+        shown = [class_id, *(int(i) for i in rng.choice(others, count, replace=False))]
+        placed: list[tuple[int, npt.NDArray[np.float32]]] = []
+        while len(placed) < min(2, len(shown)):  # all over again when the class's glyph leaves no room for another
+            taken: list[tuple[float, float, float, float]] = []
+            found = [(c, self._place(c, rng, taken)) for c in shown]
+            placed = [(c, alpha) for c, alpha in found if alpha is not None]
+        for c, alpha in placed:
             paint = _texture(rng, size, _colour(rng, ground))
             image += alpha[..., None] * (paint - image)
             if c == class_id:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,27 @@ def test_the_mask_is_the_glyph() -> None:
         assert contrast > 0.1
         rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
         assert max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1 >= 0.2 * 97
+
+
+def test_another_character_is_in_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    place = GlyphEpisodes._place
+
+    def placed(self: GlyphEpisodes, c: int, *rest: Any) -> Any:
+        alpha = place(self, c, *rest)
+        drawn.extend([c] if alpha is not None else [])
+        return alpha
+
+    monkeypatch.setattr(GlyphEpisodes, "_place", placed)
+    episodes = GlyphEpisodes(0, "train", size=41, distractors=1)
+    tries = 0
+    for i in range(150):
+        drawn.clear()
+        class_id = episodes.class_ids[i % 48]
+        episodes.scene(class_id, np.random.default_rng(i))
+        assert drawn[-2] == class_id != drawn[-1]  # of the try that was kept
+        tries += drawn.count(class_id)
+    assert tries > 150  # some needed another
 
 
 def test_no_two_characters_look_alike() -> None:

@@ -309,6 +309,19 @@ def test_zero_beats_an_equal_score(backend):
     assert index.flatten().tolist() == [0] * 4 and scores.flatten()[2] == -1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_windows_of_one_pixel_twice(backend, dtype):
+    """Each is the plain maximum; the gradient adds up."""
+    leaves = [randn(2, 70, 9, 8, dtype=dtype).requires_grad_(), randn(2, 70, 7, 10, dtype=dtype).requires_grad_()]
+    mask = torch.rand(2, 7, 10, generator=torch.Generator().manual_seed(1)) > 0.5
+    plain, at = dense_cosine_max(*leaves, mask)
+    scores, index = dense_cosine_max(*leaves, mask, windows=((1, 1), (1, 1)))
+    assert torch.equal(scores, plain.expand_as(scores)) and torch.equal(index, at.expand_as(index)) and (at > 0).any()
+    one, two = (torch.autograd.grad(s.sum(), leaves) for s in (plain, scores))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(2 * a, b)
+
+
 # ---- zeros, NaN, empties --------------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,17 @@ def test_prior_is_pfenets(size):
         assert b.abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_stretched_in_float32(dtype):
+    """The best cosines are in half precision; their range, the mean over shots and the resize are not."""
+    query, support = randn(2, 9, 7, 8).to(dtype), randn(2, 3, 9, 6, 9).to(dtype)
+    scores = fss_kernels.dense_cosine_max(query, support)[0][:, :, 0].float()
+    wanted = torch.stack([stretched(shot.flatten(1)) for shot in scores.unbind(1)]).mean(0).view(2, 1, 7, 8)
+    assert torch.equal(prior_mask(query, support, None), wanted.to(dtype))
+    activation = support_activation(query, support, None, windows=((1, 1),))
+    assert torch.equal(activation, wanted.to(dtype)) and activation.dtype == dtype
+
+
 def dpcn(query, support, mask):
     """DPCN's literal code: windows unfolded, one product for every window element."""
     maps = []

@@ -146,7 +146,7 @@ def results():
     return found
 
 
-@pytest.mark.skipif(LEVELS[1] not in _library.supported_isas(), reason="no bfloat16 products here")
+@pytest.mark.skipif(LEVELS[1] not in _library.supported_isas(), reason="no AVX512-BF16")
 def test_screen_changes_no_bit(tmp_path):
     """Random, equal, close, smooth, extreme vectors; several chunks; blocks that give the screen up."""
     found = []
