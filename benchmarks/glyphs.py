@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -67,9 +68,31 @@ def _name(method: str, rate: float, seed: int) -> str:
     return f"{method}-lr{rate:g}-seed{seed}" if METHODS[method].trained else f"{method}-seed{seed}"
 
 
+def _config(method: str, rate: float, seed: int) -> Config:
+    return Config(
+        data=DataConfig("glyphs", size=SIZE),
+        model=METHODS[method].model,
+        optim=OptimConfig("adamw", lr=rate, weight_decay=1e-4, warmup=50, clip=1.0, steps=STEPS, batch=BATCH),
+        out=str(RUNS / _name(method, rate, seed)),
+        seed=seed,
+        device="cpu",
+        save_every=max(1, STEPS // 6),
+        log_every=25,
+        tensorboard=False,
+        resume=True,
+    )
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What a result depends on, as it is after a way through JSON: everything but where the run lies."""
+    return json.loads(json.dumps({**to_dict(config), "out": Path(config.out).name, "episodes": EPISODES}))
+
+
 def _read(method: str, rate: float, seed: int) -> dict[str, Any] | None:
+    """The result of a run with today's settings, if there is one."""
     path = RESULTS / f"{_name(method, rate, seed)}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    result = json.loads(path.read_text()) if path.exists() else None
+    return result if result is not None and result["config"] == _settings(_config(method, rate, seed)) else None
 
 
 def chosen_rate(method: str) -> float | None:
@@ -92,22 +115,13 @@ def pending(only: list[str], seeds: list[int]) -> list[tuple[str, float, int]]:
     return sorted(runs, key=lambda run: run[2])
 
 
-def one(method: str, rate: float, seed: int, steps: int = STEPS, episodes: int = EPISODES) -> dict[str, Any]:
+def one(method: str, rate: float, seed: int) -> dict[str, Any]:
     """Trains and evaluates one network; its result, which is also written."""
     started = time.perf_counter()
-    name = _name(method, rate, seed)
-    config = Config(
-        data=DataConfig("glyphs", size=SIZE),
-        model=METHODS[method].model,
-        optim=OptimConfig("adamw", lr=rate, weight_decay=1e-4, warmup=50, clip=1.0, steps=steps, batch=BATCH),
-        out=str(RUNS / name),
-        seed=seed,
-        device="cpu",
-        save_every=max(1, steps // 6),
-        log_every=25,
-        tensorboard=False,
-        resume=True,
-    )
+    name, config = _name(method, rate, seed), _config(method, rate, seed)
+    kept = Path(config.out, "config.json")
+    if kept.exists() and json.loads(kept.read_text()) != json.loads(json.dumps(to_dict(config))):
+        shutil.rmtree(config.out)  # a run with other settings
     curve: list[tuple[int, float]] = []
     training = 0.0
     if METHODS[method].trained:
@@ -120,24 +134,23 @@ def one(method: str, rate: float, seed: int, steps: int = STEPS, episodes: int =
         torch.manual_seed(seed)
         model = checkpoints.build_model(config.model).eval()
     data = config.data
-    choice = measure(model, eval_episodes(data, _CHOICE_SEED, episodes, "train"), batch=8, label=f"{name} choice")
+    choice = measure(model, eval_episodes(data, _CHOICE_SEED, EPISODES, "train"), batch=8, label=f"{name} choice")
     tests = {}
     for shots in SHOTS:
-        test = eval_episodes(dataclasses.replace(data, shots=shots), _TEST_SEED, episodes)
+        test = eval_episodes(dataclasses.replace(data, shots=shots), _TEST_SEED, EPISODES)
         tests[str(shots)] = measure(model, test, batch=8, label=f"{name} {shots} shots").result
     result = {
         **environment.environment(),
         "method": method,
         "rate": rate if METHODS[method].trained else None,
         "seed": seed,
-        "config": to_dict(config),
+        "config": _settings(config),
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_classes": {k: choice.result[k] for k in ("miou", "fb_iou")},
         "shots": tests,
         "curve": curve,
         "seconds": {"train": training, "evaluate": time.perf_counter() - started - training},
     }
-    result["config"]["out"] = str(Path(config.out).relative_to(environment.ROOT))
     environment.write_json(RESULTS / f"{name}.json", result)
     return result
 

@@ -17,9 +17,9 @@ class DataConfig:
     Attributes:
         protocol: a name of `fss_models.data.PROTOCOLS`; data set, fold rule, size, area, episodes, seeds.
         root: folder of the data set; glyphs need none.
-        train_list: list file of the training images; ``{fold}`` becomes the fold. Empty: <root>/splits/<data
-            set>/trn/fold{fold}.txt, for FSS-1000 <root>/splits/fss/trn.txt.
-        test_list: the same for testing: val/fold{fold}.txt and test.txt.
+        train_list: list file of the training images; ``{fold}`` becomes the fold. Empty: those of the other folds,
+            <root>/splits/<data set>/trn/fold<f>.txt (HSNet's files), for FSS-1000 <root>/splits/fss/trn.txt.
+        test_list: the same for testing. Empty: val/fold{fold}.txt of the fold, test.txt.
         fold: 0 ... 3.
         shots: support images of an episode.
         size: side of the input in pixels, 8n + 1. None: the protocol's.
@@ -144,8 +144,17 @@ class Config:
                 f"optim.batch of {self.optim.batch} does not divide into {processes} processes x "
                 f"{self.optim.accumulate} pieces"
             )
-        if not self.optim.lr > 0:
-            raise ConfigError(f"optim.lr must be above 0, got {self.optim.lr}")
+        for name, number in (("optim.lr", self.optim.lr), ("optim.clip", self.optim.clip)):
+            if number is not None and not number > 0:
+                raise ConfigError(f"{name} must be above 0, got {number}")
+        for name, number in (
+            ("optim.momentum", self.optim.momentum), ("optim.weight_decay", self.optim.weight_decay),
+            ("optim.power", self.optim.power), ("optim.warmup", self.optim.warmup),
+            ("optim.non_finite_limit", self.optim.non_finite_limit), ("data.workers", self.data.workers),
+            ("data.bad_limit", self.data.bad_limit),
+        ):  # fmt: skip
+            if not number >= 0:
+                raise ConfigError(f"{name} must not be negative, got {number}")
 
 
 def check_size(size: int | None) -> None:

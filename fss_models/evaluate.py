@@ -8,7 +8,7 @@ import logging
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class EvalConfig:
     shots: int | None = None
     episodes: int | None = None
     seeds: list[int] | None = None
-    part: str = "test"
+    part: Literal["test", "train"] = "test"
     scales: list[float] = dataclasses.field(default_factory=lambda: [1.0])
     batch: int = 1
     out: str = ""

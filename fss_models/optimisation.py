@@ -78,11 +78,12 @@ class StepGuard:
         finite = bool(norm.isfinite())
         if finite and self.max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-        if scaler is not None:
-            scaler.step(optimizer)  # leaves out the same steps by itself
-            scaler.update()
-        elif finite:
+        if finite and scaler is None:
             optimizer.step()
+        if scaler is not None:
+            if finite:  # a norm can overflow although no gradient did
+                scaler.step(optimizer)
+            scaler.update()
         self.steps += finite
         self.non_finite += not finite
         return finite

@@ -196,7 +196,7 @@ class _Run:
         state = checkpoints.read_state(checkpoint / checkpoints.STATE)
         if state["step"] != step:
             raise CheckpointError(f"{checkpoint}: weights of step {step} beside a state of step {state['step']}")
-        if config.model != self.config.model:
+        if to_dict(config)["model"] != json.loads(json.dumps(to_dict(self.config)))["model"]:  # tuples became lists
             raise CheckpointError(
                 f"{checkpoint}: a checkpoint of {config.model.name} with {config.model.backbone} "
                 f"{config.model.options or ''}, not of this run's {self.config.model.name} with "

@@ -236,12 +236,13 @@ def test_check_misses_rows_and_wrong_numbers(results):
 
 def test_every_line_has_a_row_and_a_bound():
     for wanted in targets.load():
+        assert ("at_least" in wanted) != ("at_most" in wanted)
         if wanted["op"] in models.OPS:
             assert wanted["size"] == models.Plan().label and wanted["mode"] in ("forward+backward", "train", "evaluate")
+            assert wanted["metric"] in ("peer:literal", "peer:reference", "memory:reference")
             continue
         spec = testing.specs()[wanted["op"]]
         assert wanted["size"] in spec.sizes and wanted["mode"] in measure.MODES
-        assert ("at_least" in wanted) != ("at_most" in wanted)
         kind, _, name = wanted["metric"].partition(":")
         if kind == "own":
             op, _, size = name.partition("/")

@@ -14,6 +14,7 @@ from conftest import SPECS, ids
 from torch.library import opcheck
 
 import fss_kernels
+import fss_models
 from fss_kernels import testing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -172,6 +173,39 @@ def test_graph_replays_with_new_inputs(spec, backend, layout):
                 result.fill_(float("nan"))
             graph.replay()
             assert_same(captured, step(static), sample.id)
+
+
+@pytest.mark.parametrize("backend", ("reference", "triton"))  # CUDA has not every op
+@pytest.mark.parametrize("name", ("dpcn", "dpnet", "panet"))
+def test_networks_replay_with_new_inputs(name, backend):
+    """Prediction, loss and every gradient of a network in one CUDA graph: nothing in it waits for the device."""
+    torch.manual_seed(0)
+    model = fss_models.build(name, "tiny").to(DEVICE).eval()
+    batch = [torch.randn(2, 3, 65, 65), torch.randn(2, 2, 3, 65, 65)]
+    batch += [torch.rand(2, 2, 65, 65).round(), torch.randint(0, 2, (2, 65, 65))]
+    static = [t.to(DEVICE) for t in batch]
+
+    def step():
+        with fss_kernels.use_backend(backend):
+            loss = model.loss(*static)
+            return [model(*static[:3]).detach(), loss.detach(), *torch.autograd.grad(loss, [*model.parameters()])]
+
+    for spec in SPECS:
+        require(spec, backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        for t in static:
+            t.copy_(torch.randn_like(t) if t.is_floating_point() else torch.randint_like(t, 0, 2))
+        static[2].round_().clamp_(0, 1)
+        graph.replay()
+        assert_same(captured, step(), name)
 
 
 @each_kernel

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from fss_models.config import DataConfig, check_size
 from fss_models.data.episodes import Episodes
-from fss_models.data.folds import fold_classes
+from fss_models.data.folds import FOLDS, fold_classes
 from fss_models.data.glyphs import GlyphEpisodes
 from fss_models.data.protocols import Protocol, protocol
 from fss_models.data.sources import Source, fss_source, labelled_source
@@ -25,42 +25,47 @@ def protocol_of(data: DataConfig) -> Protocol:
     return chosen
 
 
-def _list_file(data: DataConfig, dataset: str, part: str) -> Path:
+def _list_files(data: DataConfig, dataset: str, part: str) -> list[Path]:
     given = data.train_list if part == "train" else data.test_list
     if given:
-        return Path(given.replace("{fold}", str(data.fold)))
+        return [Path(given.replace("{fold}", str(data.fold)))]
+    lists = Path(data.root, "splits", dataset)
     if dataset == "fss":
-        return Path(data.root, "splits", "fss", "trn.txt" if part == "train" else "test.txt")
-    return Path(data.root, "splits", dataset, "trn" if part == "train" else "val", f"fold{data.fold}.txt")
+        return [lists / ("trn.txt" if part == "train" else "test.txt")]
+    if part == "test":
+        return [lists / "val" / f"fold{data.fold}.txt"]
+    return [lists / "trn" / f"fold{f}.txt" for f in range(FOLDS) if f != data.fold]  # a file holds its fold's classes
 
 
 def source_of(data: DataConfig, part: str) -> Source:
     """The images of a configuration, ``part`` train or test, by class.
 
     Raises:
-        DataError, ConfigError: no root, and as `labelled_source` and `fss_source`; more than ``bad_limit`` label maps
-            that cannot be read.
+        DataError, ConfigError: no root, another ``part``, and as `labelled_source` and `fss_source`; more than
+            ``bad_limit`` label maps that cannot be read.
     """
     chosen = protocol_of(data)
+    if part not in ("train", "test"):
+        raise DataError(f"part must be train or test, got {part!r}")
     if not data.root:
         raise DataError(f"protocol {data.protocol} needs data.root, the folder of the data set")
-    list_file = _list_file(data, chosen.dataset, part)
+    lists = _list_files(data, chosen.dataset, part)
     if chosen.dataset == "fss":
-        return fss_source(data.root, list_file)
+        return fss_source(data.root, lists[0])
     count = _COUNTS[chosen.dataset]
     tested = fold_classes(count, data.fold, rule=chosen.fold_rule)
     trained = tuple(c for c in range(1, count + 1) if c not in tested)
     source = labelled_source(
         chosen.dataset,
         data.root,
-        list_file,
+        lists,
         tested if part == "test" else trained,
         min_area=chosen.min_area,
         without=tested if part == "train" and chosen.drop_novel else (),
         cache=data.cache or None,
     )
     if len(source.bad) > data.bad_limit:
-        raise DataError(f"{list_file}: {len(source.bad)} unusable files (limit {data.bad_limit}): {source.bad[0]}")
+        raise DataError(f"{source.where}: {len(source.bad)} unusable files (limit {data.bad_limit}): {source.bad[0]}")
     return source
 
 

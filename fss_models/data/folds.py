@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fss_models.errors import ConfigError
 
+FOLDS = 4  # of PASCAL-5i, COCO-20i and the glyphs
 
-def fold_classes(count: int, fold: int, *, folds: int = 4, rule: str = "contiguous") -> tuple[int, ...]:
+
+def fold_classes(count: int, fold: int, *, folds: int = FOLDS, rule: str = "contiguous") -> tuple[int, ...]:
     """The classes, 1 ... count, that a fold tests; it trains on the others.
 
     Args:

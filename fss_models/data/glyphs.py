@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from fss_models.data.episodes import Geometry, normalise
-from fss_models.data.folds import fold_classes
+from fss_models.data.folds import FOLDS, fold_classes
 from fss_models.errors import DataError
 
 # One of each set that looks alike in some face, or after a small turn: no F beside E, no c, O, o, 0, s, 5, 1, 8, 9 ...
@@ -24,7 +24,6 @@ FACES = (
     " DejaVuSerif-BoldItalic STIXGeneral STIXGeneralItalic STIXGeneralBol STIXGeneralBolIta"
 ).split()
 _PIXELS = 96  # height of the cached bitmaps
-_FOLDS = 4
 
 
 @functools.cache
@@ -119,7 +118,7 @@ class GlyphEpisodes(Dataset):
             raise DataError(f"shots must be at least 1, got {shots}")
         if part not in ("train", "test"):
             raise DataError(f"part must be train or test, got {part!r}")
-        tested = fold_classes(len(CHARACTERS) // _FOLDS * _FOLDS, fold, folds=_FOLDS)
+        tested = fold_classes(len(CHARACTERS) // FOLDS * FOLDS, fold, folds=FOLDS)
         shuffled = np.random.default_rng(20).permutation(len(CHARACTERS))
         self.names = {i: CHARACTERS[int(j)] for i, j in enumerate(shuffled, 1)}
         self.class_ids = [i for i in self.names if (i in tested) == (part == "test")]

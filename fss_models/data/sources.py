@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +185,7 @@ def _areas(
 def labelled_source(
     kind: str,
     root: str | Path,
-    list_file: str | Path,
+    lists: str | Path | Sequence[str | Path],
     classes: Iterable[int],
     *,
     min_area: int = 0,
@@ -199,7 +199,7 @@ def labelled_source(
             ``"coco"``: train2014, val2014 and annotations/<the same>/*.png (ids 1 ... 80, made by
             ``fss-models prepare-coco``), in ``root`` or root/COCO2014.
         root: folder of the data set.
-        list_file: see `read_list`; ``{}`` of a template is the caller's to fill.
+        lists: one file or several, see `read_list`.
         classes: ids to keep.
         min_area: an image counts for a class only if the class covers so many pixels in it.
         without: images that hold one of these classes are left out.
@@ -209,28 +209,32 @@ def labelled_source(
         DataError: missing folders or list, and as `read_list`. Label maps that cannot be read are left out and are in
             ``Source.bad``.
     """
+    files = [Path(f) for f in ([lists] if isinstance(lists, (str, Path)) else lists)]
+    where = ", ".join(map(str, files))
     if kind == "pascal":
+        image: Callable[[str], str]
+        label: Callable[[str], str]
         count, folder = 20, _folder(root, "VOC2012", "JPEGImages")
         names = dict(enumerate(PASCAL_NAMES, 1))
-        entries = read_list(Path(list_file), folder, "JPEGImages/{}.jpg".format, "SegmentationClassAug/{}.png".format)
+        image, label = "JPEGImages/{}.jpg".format, "SegmentationClassAug/{}.png".format
     elif kind == "coco":
         count, folder = 80, _folder(root, "COCO2014", "annotations")
         names = {i: str(i) for i in range(1, count + 1)}
         named = folder / "annotations" / "names.json"
         if named.exists():
-            names.update({int(k): v for k, v in json.loads(named.read_text()).items()})
-        entries = read_list(
-            Path(list_file), folder, lambda n: f"{_coco(n)}.jpg", lambda n: f"annotations/{_coco(n)}.png"
-        )
+            try:
+                names.update({int(k): str(v) for k, v in json.loads(named.read_text()).items()})
+            except (ValueError, AttributeError):
+                raise DataError(f"{named}: not a JSON object of ids and names") from None
+        image, label = (lambda n: f"{_coco(n)}.jpg"), (lambda n: f"annotations/{_coco(n)}.png")
     else:
         raise DataError(f"unknown kind of data set {kind!r}; there are pascal and coco")
+    entries = [entry for file in files for entry in read_list(file, folder, image, label)]
     wanted, unwanted = sorted(set(classes)), set(without)
     bad: list[str] = []
     areas: dict[Item, dict[int, int]] = {}
     if min_area or unwanted or any(c is None for _, c in entries):
-        areas, bad = _areas(
-            (item for item, _ in entries), folder, count, Path(list_file), Path(cache) if cache else None
-        )
+        areas, bad = _areas((item for item, _ in entries), folder, count, files[0], Path(cache) if cache else None)
     found: dict[int, dict[Item, None]] = {c: {} for c in wanted}
     broken = set() if not areas and not bad else {item for item, _ in entries} - set(areas)
     for item, listed in entries:
@@ -243,7 +247,7 @@ def labelled_source(
             if c in found and (present is None or not min_area or present.get(c, 0) >= min_area):
                 found[c][item] = None
     by_class = {c: tuple(items) for c, items in found.items()}
-    return Source(folder, by_class, names, _OneClass(count), str(list_file), tuple(bad))
+    return Source(folder, by_class, names, _OneClass(count), where, tuple(bad))
 
 
 def _coco(name: str) -> str:

@@ -25,14 +25,13 @@ def picture(rng: np.random.Generator, label: np.ndarray) -> np.ndarray:
     return image.astype(np.uint8)
 
 
-def voc(root: Path, per_class: int = 3, convention: str = "split", palette: bool = True) -> dict[str, Path]:
-    """VOC2012 with 20 classes, some images with a second class and a border of 255; the lists of fold 0."""
+def voc(root: Path, per_class: int = 3, convention: str = "split", palette: bool = True) -> None:
+    """VOC2012 with 20 classes, some images with a second class and a border of 255; HSNet's lists for fold 0."""
     rng = np.random.default_rng(1)
     base = root / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClassAug"):
         (base / folder).mkdir(parents=True)
-    split: dict[str, list[str]] = {"trn": [], "val": []}
-    pairs: dict[str, list[str]] = {"trn": [], "val": []}
+    lines: dict[tuple[str, int], list[str]] = {("val", 0): [], **{("trn", f): [] for f in range(4)}}
     for c in range(1, 21):
         part = "val" if c <= 5 else "trn"
         for k in range(per_class):
@@ -50,14 +49,16 @@ def voc(root: Path, per_class: int = 3, convention: str = "split", palette: bool
             if palette:
                 mask.putpalette(PALETTE)
             mask.save(base / "SegmentationClassAug" / f"{name}.png")
-            split[part] += [f"{name}__{i:02d}" for i in np.unique(label) if 0 < i < 255]
-            pairs[part].append(f"JPEGImages/{name}.jpg SegmentationClassAug/{name}.png")
-    lists = {}
-    for part in ("trn", "val"):
-        lists[part] = base / "splits" / "pascal" / part / "fold0.txt"
-        lists[part].parent.mkdir(parents=True)
-        lists[part].write_text("\n".join(split[part] if convention == "split" else pairs[part]) + "\n")
-    return lists
+            for i in (int(i) for i in np.unique(label) if 0 < i < 255):
+                if convention == "split":
+                    lines[part, (i - 1) // 5].append(f"{name}__{i:02d}")
+                elif i == c:
+                    lines[part, (c - 1) // 5].append(f"JPEGImages/{name}.jpg SegmentationClassAug/{name}.png")
+    lines["trn", 0].append("2007_999000__01" if convention == "split" else "absent.jpg absent.png")  # of a novel class
+    for (part, fold), entries in lines.items():
+        path = base / "splits" / "pascal" / part / f"fold{fold}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(entries) + "\n")
 
 
 def coco_json(root: Path, split: str, per_class: int = 2) -> Path:

@@ -34,7 +34,8 @@ def voc_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pascal(root: Path, part: str = "val", **options: object) -> Source:
     classes = range(1, 6) if part == "val" else range(6, 21)
-    lists = root / "VOC2012" / "splits" / "pascal" / part / "fold0.txt"
+    folds = (0,) if part == "val" else (1, 2, 3)
+    lists = [root / "VOC2012" / "splits" / "pascal" / part / f"fold{f}.txt" for f in folds]
     return labelled_source("pascal", root, lists, classes, **options)  # type: ignore[arg-type]
 
 
@@ -91,8 +92,7 @@ def test_pascal_lists_and_masks(tmp_path: Path, convention: str, palette: bool) 
 def test_training_images_with_novel_classes_can_be_left_out(tmp_path: Path) -> None:
     builders.voc(tmp_path, convention="pairs")
     lists = tmp_path / "VOC2012" / "splits" / "pascal"
-    both = lists / "both.txt"
-    both.write_text((lists / "trn" / "fold0.txt").read_text() + (lists / "val" / "fold0.txt").read_text())
+    both = [*(lists / "trn" / f"fold{f}.txt" for f in (1, 2, 3)), lists / "val" / "fold0.txt"]
     base = tmp_path / "VOC2012" / "SegmentationClassAug"
     source = labelled_source("pascal", tmp_path, both, range(6, 21), without=range(1, 6))
     for items in source.classes.values():

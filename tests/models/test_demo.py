@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fss_models import demo as demo_module
 from fss_models.demo import DemoConfig, demo
+from fss_models.evaluate import Outcome
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +38,19 @@ def test_writes_pictures_and_scores(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "mIoU" in capsys.readouterr().out
 
 
-def test_fails_when_nothing_was_learned(tmp_path: Path) -> None:
-    # one step leaves the network with its random prediction; a second call trains anew in the same folder
-    config = DemoConfig(out=str(tmp_path), steps=1, batch=2, size=33, episodes=5, pictures=1, lr=1e-9)
-    codes = [demo(config) for _ in range(2)]
-    better = json.loads((tmp_path / "demo.json").read_text())["better_than_baselines"]
-    assert codes == [int(not better)] * 2
+@pytest.mark.parametrize("trained, code", [(30.0, 0), (10.0, 1), (10.5, 0), (9.0, 1)])
+def test_fails_unless_both_baselines_are_beaten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: float, code: int
+) -> None:
+    real = demo_module.measure
+
+    def measure(model: torch.nn.Module, *arguments: Any, label: str, **options: Any) -> Outcome:
+        outcome = real(model, *arguments, label=label, **options)
+        outcome.result["miou"] = {"DPCN": trained, "untrained": 8.0, "all foreground": 10.0}[label]
+        return outcome
+
+    monkeypatch.setattr(demo_module, "measure", measure)
+    config = DemoConfig(out=str(tmp_path), steps=1, batch=2, size=33, episodes=5, pictures=1)
+    # a second call trains anew in the same folder
+    assert [demo(config) for _ in range(2)] == [code] * 2
+    assert json.loads((tmp_path / "demo.json").read_text())["better_than_baselines"] is (code == 0)

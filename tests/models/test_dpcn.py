@@ -313,6 +313,7 @@ def test_soft_and_attached_prediction():
     assert losses[0] != losses[1] and losses[1] == losses[2]
     models = zip(losses, (hard, soft, attached), strict=True)
     gradients = [torch.autograd.grad(x, list(m.head.parameters())) for x, m in models]
+    assert gradients[1][0].isfinite().all() and gradients[2][0].isfinite().all()
     assert not torch.allclose(gradients[1][0], gradients[2][0])
     query, support = soft.encode(e.query, e.support)
     probability = soft(*e[:3]).softmax(1)[:, 1].detach()

@@ -15,11 +15,9 @@ from benchmarks import glyphs, report
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(glyphs, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(glyphs, "RUNS", glyphs.environment.ROOT / "build" / tmp_path.name)
-    monkeypatch.setattr(glyphs, "SIZE", 33)
-    monkeypatch.setattr(glyphs, "BATCH", 2)
-    real = glyphs.one
-    monkeypatch.setattr(glyphs, "one", lambda *run: real(*run, steps=2, episodes=4))
+    monkeypatch.setattr(glyphs, "RUNS", tmp_path / "runs")
+    for name, value in {"SIZE": 33, "BATCH": 2, "STEPS": 2, "EPISODES": 4}.items():
+        monkeypatch.setattr(glyphs, name, value)
     return tmp_path / "results"
 
 
@@ -35,6 +33,7 @@ def one_thread() -> Iterator[None]:
 def stored(folder: Path, method: str, rate: float, seed: int, score: float, test: float = 10.0) -> None:
     shots = {str(s): {"miou": test + s, "fb_iou": 50.0} for s in glyphs.SHOTS}
     content = {"training_classes": {"miou": score}, "shots": shots, "curve": [[1, 0.5]], "parameters": 7}
+    content["config"] = glyphs._settings(glyphs._config(method, rate, seed))
     glyphs.environment.write_json(folder / f"{glyphs._name(method, rate, seed)}.json", content)
 
 
@@ -54,7 +53,7 @@ def test_rate_is_chosen_on_training_classes(small: Path) -> None:
     assert "13.0 ± 2.8" in report.readme_section([], glyphs.markdown())
 
 
-def test_runs_and_does_not_repeat(small: Path, capsys: pytest.CaptureFixture) -> None:
+def test_runs_and_does_not_repeat(small: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert glyphs.run(["panet-untrained", "panet"], [0], limit=2) == 0
     files = sorted(small.iterdir())
     assert [f.name for f in files] == ["panet-lr0.001-seed0.json", "panet-untrained-seed0.json"]
@@ -63,3 +62,8 @@ def test_runs_and_does_not_repeat(small: Path, capsys: pytest.CaptureFixture) ->
     assert set(trained["shots"]) == {"1", "5"} and trained["shots"]["1"]["episodes"] == 4
     assert "2 runs done, 2 can be done next" in capsys.readouterr().out
     assert glyphs.run(["unet"]) == 2
+    # other settings: results do not count, and a run that is there is not gone on with
+    monkeypatch.setattr(glyphs, "STEPS", 3)
+    assert glyphs.pending(["panet"], [0])[0] == ("panet", glyphs.RATES[0], 0)
+    assert glyphs.run(["panet"], [0], limit=1) == 0
+    assert [step for step, _ in json.loads(files[0].read_text())["curve"]] == [3]

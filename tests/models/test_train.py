@@ -140,6 +140,22 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
 
 
+def test_options_in_tuples_resume(tmp_path: Path) -> None:
+    run = config(tmp_path, {**CALM, "dilations": (1, 2), "trainable_backbone": (3, 4)}, steps=1)
+    train(run)
+    run = dataclasses.replace(run, resume=True, optim=dataclasses.replace(run.optim, steps=2))
+    assert train(run).name == "step-00000002"
+
+
+def test_broken_weights_of_the_backbone_are_named(tmp_path: Path) -> None:
+    for name in ("weights.pth", "weights.safetensors"):
+        file = tmp_path / name
+        file.write_bytes(b"no weights")
+        with pytest.raises(ConfigError, match="model dpcn: ") as caught:
+            checkpoints.build_model(ModelConfig("dpcn", "resnet50", str(file)))
+        assert "\n" not in str(caught.value) and str(file.name) in str(caught.value)
+
+
 def test_pieces_equal_the_whole(tmp_path: Path) -> None:
     train(config(tmp_path / "whole", steps=2))
     train(config(tmp_path / "pieces", steps=2, accumulate=4))
@@ -293,6 +309,9 @@ def test_another_architecture_does_not_resume(trained: Path, tmp_path: Path) -> 
     ({"optim": OptimConfig(steps=0)}, "optim.steps must be at least 1, got 0"),
     ({"optim": OptimConfig(batch=3, accumulate=2)}, "optim.batch of 3 does not divide into 1 processes x 2 pieces"),
     ({"optim": OptimConfig(lr=0.0)}, "optim.lr must be above 0"),
+    ({"optim": OptimConfig(clip=-1.0)}, "optim.clip must be above 0, got -1.0"),
+    ({"optim": OptimConfig(momentum=-0.1)}, "optim.momentum must not be negative, got -0.1"),
+    ({"data": DataConfig(workers=-1)}, "data.workers must not be negative, got -1"),
     ({"data": DataConfig(shots=0)}, "data.shots must be at least 1, got 0"),
     ({"data": DataConfig(size=64)}, r"data.size must be 8n \+ 1, got 64; near it are 57 and 65"),
     ({"data": DataConfig("nothing")}, "unknown protocol 'nothing'"),
