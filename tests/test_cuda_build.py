@@ -141,7 +141,9 @@ def test_compiles_without_spills(compiled):
     assert all(set(entries) == kernels for entries in table.values())
     spills = {(a, k): r for a, entries in table.items() for k, r in entries.items() if r["spills"]}
     assert not spills
-    recorded = json.loads(TABLE.read_text()).get(nvcc_version(), {}).get(name, {}) if TABLE.exists() else {}
+    versions = json.loads(TABLE.read_text())
+    recorded = versions.get(nvcc_version(), {}).get(name, {})
+    assert nvcc_version() not in versions or {a: set(k) for a, k in recorded.items()} == {a: kernels for a in table}
     changed = [
         (a, k, recorded.get(a, {}).get(k), r)
         for a, entries in table.items()
