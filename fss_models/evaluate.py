@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from fss_models import checkpoints
 from fss_models.config import DataConfig, ModelConfig
-from fss_models.data.build import class_names, eval_episodes, protocol_of
+from fss_models.data.build import class_names, eval_episodes, left_out, protocol_of
 from fss_models.data.episodes import Geometry, collate, denormalise, to_batch
 from fss_models.data.files import Array, write_bytes, write_png
 from fss_models.errors import ConfigError
@@ -210,6 +210,7 @@ def measure(
         episodes, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator()
     )
     bad = BadFiles(bad_limit)
+    bad.add([left_out(episodes)])
     rows: list[Array] = []
     for items in tqdm(loader, desc=label, unit="batch", disable=None if group.first else True):
         bad.add(items["bad"])

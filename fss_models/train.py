@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from fss_models import checkpoints
 from fss_models.config import Config, OptimConfig, to_dict
-from fss_models.data.build import train_episodes
+from fss_models.data.build import left_out, train_episodes
 from fss_models.data.episodes import collate, to_batch
 from fss_models.data.files import write_bytes
 from fss_models.errors import CheckpointError, ConfigError, DataError, UserError
@@ -169,6 +169,7 @@ class _Run:
         torch.manual_seed(config.seed + 1 + group.rank)  # dropout differs between processes
         if found:
             self._load(found[-1])
+        self.bad.add([left_out(self.episodes)])
 
     # ---- state
 
@@ -186,7 +187,7 @@ class _Run:
             "rng": [self.group.gather(state) for state in generators],
             "losses": self.losses,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "bad_files": list(self.bad.messages),
+            "bad_files": self.group.union(list(self.bad.messages)),
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
         }
@@ -289,7 +290,7 @@ class _Run:
             bar.update()
             if self.step % config.log_every == 0 or self.step == config.optim.steps:
                 loss = group.total(sum(self.losses) / len(self.losses)) / group.count
-                bad = int(group.total(len(self.bad.messages)))
+                bad = len(group.union(list(self.bad.messages)))
                 self.losses = []
                 now = time.perf_counter()
                 bar.set_postfix(loss=f"{loss:.4f}")

@@ -105,3 +105,8 @@ def class_names(dataset: Any) -> dict[int, str]:
     if isinstance(dataset, Episodes):
         return {c: dataset.source.names[c] for c in dataset.class_ids}
     return {c: dataset.names[c] for c in dataset.class_ids}
+
+
+def left_out(dataset: Any) -> list[str]:
+    """Why files were left out while the lists behind `train_episodes` or `eval_episodes` were read."""
+    return list(dataset.source.bad) if isinstance(dataset, Episodes) else []

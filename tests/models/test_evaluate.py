@@ -182,6 +182,10 @@ def test_bad_files_are_reported(tmp_path: Path) -> None:
     config.model.name = "panet"
     (message,) = evaluate(config)["bad_files"]
     assert "2007_002001.jpg: no such file" in message
+    # a label map that cannot be read when the areas of classes are counted
+    (tmp_path / "VOC2012" / "SegmentationClassAug" / "2007_003000.png").write_bytes(b"x")
+    config.data.min_area = 1
+    assert any("2007_003000.png: not a" in m for m in evaluate(config)["bad_files"])
 
 
 # ---- the command line
