@@ -26,6 +26,7 @@ from benchmarks import environment
 from fss_models import checkpoints
 from fss_models.config import Config, DataConfig, ModelConfig, OptimConfig, to_dict
 from fss_models.data.build import eval_episodes
+from fss_models.data.glyphs import VERSION
 from fss_models.demo import SMALL
 from fss_models.evaluate import measure
 from fss_models.train import train
@@ -73,7 +74,7 @@ def _config(method: str, rate: float, seed: int) -> Config:
         data=DataConfig("glyphs", size=SIZE),
         model=METHODS[method].model,
         optim=OptimConfig("adamw", lr=rate, weight_decay=1e-4, warmup=50, clip=1.0, steps=STEPS, batch=BATCH),
-        out=str(RUNS / _name(method, rate, seed)),
+        out=str(RUNS / f"v{VERSION}" / _name(method, rate, seed)),
         seed=seed,
         device="cpu",
         save_every=max(1, STEPS // 6),
@@ -85,7 +86,8 @@ def _config(method: str, rate: float, seed: int) -> Config:
 
 def _settings(config: Config) -> dict[str, Any]:
     """What a result depends on, as it is after a way through JSON: everything but where the run lies."""
-    return json.loads(json.dumps({**to_dict(config), "out": Path(config.out).name, "episodes": EPISODES}))
+    return json.loads(json.dumps({**to_dict(config), "out": Path(config.out).name, "episodes": EPISODES,
+                                  "glyphs": VERSION}))  # fmt: skip
 
 
 def _read(method: str, rate: float, seed: int) -> dict[str, Any] | None:

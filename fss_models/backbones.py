@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -256,18 +255,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights: there is no file {path}")
-    unreadable: tuple[type[Exception], ...] = (UnpicklingError, EOFError, RuntimeError, ValueError)
     load: Callable[[], Any] = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
     if path.suffix == ".safetensors":
         try:
-            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"weights: {path.name} needs the package safetensors") from error
-        unreadable, load = (*unreadable, SafetensorError), functools.partial(load_file, str(path))
+        load = functools.partial(load_file, str(path))
     try:
         content = load()
-    except unreadable as error:
+    except Exception as error:  # what a broken file raises depends on where it is broken
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"weights: {path} cannot be read: {reason}") from None
     while isinstance(content, Mapping) and (inner := next((content[w] for w in _WRAPPERS if w in content), None)):

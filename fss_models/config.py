@@ -17,8 +17,9 @@ class DataConfig:
     Attributes:
         protocol: a name of `fss_models.data.PROTOCOLS`; data set, fold rule, size, area, episodes, seeds.
         root: folder of the data set; glyphs need none.
-        train_list: list file of the training images; ``{fold}`` becomes the fold. Empty: those of the other folds,
-            <root>/splits/<data set>/trn/fold<f>.txt (HSNet's files), for FSS-1000 <root>/splits/fss/trn.txt.
+        train_list: list file of the training images; ``{fold}`` becomes the fold. Empty: as HSNet's files are read, for
+            PASCAL <root>/splits/pascal/trn/fold<f>.txt of the other folds, for COCO splits/coco/trn/fold{fold}.txt of
+            the fold, for FSS-1000 splits/fss/trn.txt.
         test_list: the same for testing. Empty: val/fold{fold}.txt of the fold, test.txt.
         fold: 0 ... 3.
         shots: support images of an episode.

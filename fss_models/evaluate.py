@@ -210,7 +210,7 @@ def measure(
         episodes, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator()
     )
     bad = BadFiles(bad_limit)
-    bad.add([left_out(episodes)])
+    bad.add([left_out(episodes)], "left out")
     rows: list[Array] = []
     for items in tqdm(loader, desc=label, unit="batch", disable=None if group.first else True):
         bad.add(items["bad"])

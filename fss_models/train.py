@@ -65,12 +65,22 @@ class BadFiles:
         self.limit = limit
         self.messages: dict[str, None] = dict.fromkeys(messages or [])
 
-    def add(self, batch: list[list[str]]) -> None:
-        """The ``bad`` lists of a batch; DataError beyond the limit."""
+    def add(self, batch: list[list[str]], done: str = "replaced by another draw") -> None:
+        """The ``bad`` lists of a batch, and what was done about them; DataError beyond the limit."""
         for message in (m for episode in batch for m in episode):
             if message not in self.messages:
                 self.messages[message] = None
-                _log.warning("replaced by another draw: %s", message)
+                _log.warning("%s: %s", done, message)
+        self.check()
+
+    def share(self, group: Processes) -> list[str]:
+        """Makes those of all processes everyone's, so that all end the run together. Collective."""
+        self.messages |= dict.fromkeys(group.union(list(self.messages)))
+        self.check()
+        return list(self.messages)
+
+    def check(self) -> None:
+        """DataError beyond the limit."""
         if len(self.messages) > self.limit:
             last = next(reversed(self.messages))
             raise DataError(f"{len(self.messages)} unusable files (data.bad_limit {self.limit}), the last: {last}")
@@ -169,7 +179,7 @@ class _Run:
         torch.manual_seed(config.seed + 1 + group.rank)  # dropout differs between processes
         if found:
             self._load(found[-1])
-        self.bad.add([left_out(self.episodes)])
+        self.bad.add([left_out(self.episodes)], "left out")
 
     # ---- state
 
@@ -187,7 +197,7 @@ class _Run:
             "rng": [self.group.gather(state) for state in generators],
             "losses": self.losses,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "bad_files": self.group.union(list(self.bad.messages)),
+            "bad_files": self.bad.share(self.group),
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
         }
@@ -290,7 +300,7 @@ class _Run:
             bar.update()
             if self.step % config.log_every == 0 or self.step == config.optim.steps:
                 loss = group.total(sum(self.losses) / len(self.losses)) / group.count
-                bad = len(group.union(list(self.bad.messages)))
+                bad = len(self.bad.share(group))
                 self.losses = []
                 now = time.perf_counter()
                 bar.set_postfix(loss=f"{loss:.4f}")

@@ -177,7 +177,7 @@ def test_graph_replays_with_new_inputs(spec, backend, layout):
 
 @pytest.mark.parametrize("backend", ("reference", "triton"))  # CUDA has not every op
 @pytest.mark.parametrize("name", ("dpcn", "dpnet", "panet"))
-def test_networks_replay_with_new_inputs(name, backend):
+def test_networks_replay_with_new_inputs(name, backend, request):
     """Prediction, loss and every gradient of a network in one CUDA graph: nothing in it waits for the device."""
     torch.manual_seed(0)
     model = fss_models.build(name, "tiny").to(DEVICE).eval()
@@ -192,6 +192,8 @@ def test_networks_replay_with_new_inputs(name, backend):
 
     for spec in SPECS:
         require(spec, backend)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the resize of the logits is none by default
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

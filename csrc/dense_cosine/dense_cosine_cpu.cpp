@@ -346,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Ten
         parallel_tasks(targets * blocks, (nq + ns + pairs) * 16,
                        [&](int64_t begin, int64_t end) { gradients(a, begin, end); });
         if (!last) {
-          parallel_tasks(targets, destinations / targets * blocks,
+          parallel_tasks(targets, destinations / std::max<int64_t>(1, targets) * blocks,
                          [&](int64_t begin, int64_t end) { add(a, begin, end); });
         }
       }

@@ -32,9 +32,10 @@ def _list_files(data: DataConfig, dataset: str, part: str) -> list[Path]:
     lists = Path(data.root, "splits", dataset)
     if dataset == "fss":
         return [lists / ("trn.txt" if part == "train" else "test.txt")]
-    if part == "test":
-        return [lists / "val" / f"fold{data.fold}.txt"]
-    return [lists / "trn" / f"fold{f}.txt" for f in range(FOLDS) if f != data.fold]  # a file holds its fold's classes
+    own = lists / ("trn" if part == "train" else "val") / f"fold{data.fold}.txt"
+    if part == "test" or dataset == "coco":
+        return [own]  # COCO's lists for training hold the classes that the fold trains on, PASCAL's its own
+    return [own.with_name(f"fold{f}.txt") for f in range(FOLDS) if f != data.fold]
 
 
 def source_of(data: DataConfig, part: str) -> Source:

@@ -23,6 +23,7 @@ FACES = (
     " DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic"
     " DejaVuSerif-BoldItalic STIXGeneral STIXGeneralItalic STIXGeneralBol STIXGeneralBolIta"
 ).split()
+VERSION = 2  # of the rendering: results of two versions do not compare
 _PIXELS = 96  # height of the cached bitmaps
 
 
@@ -95,7 +96,7 @@ class GlyphEpisodes(Dataset):
         distractors: most glyphs of other classes in an image.
 
     Raises:
-        ConfigError: fold out of range. DataError: shots below 1, unknown part.
+        ConfigError: fold out of range. DataError: shots below 1, size below 9, unknown part.
 
     Example:
         >>> episode = GlyphEpisodes(0, "test", size=33)[7]
@@ -116,6 +117,8 @@ class GlyphEpisodes(Dataset):
     ) -> None:
         if shots < 1:
             raise DataError(f"shots must be at least 1, got {shots}")
+        if size < 9:
+            raise DataError(f"size must be at least 9, got {size}")
         if part not in ("train", "test"):
             raise DataError(f"part must be train or test, got {part!r}")
         tested = fold_classes(len(CHARACTERS) // FOLDS * FOLDS, fold, folds=FOLDS)

@@ -205,7 +205,6 @@ def test_safetensors(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"weights\.safetensors needs the package safetensors"):
         load_weights(backbone, path)
     package, module = types.ModuleType("safetensors"), types.ModuleType("safetensors.torch")
-    package.SafetensorError = RuntimeError
     module.load_file = lambda name: {k: torch.full_like(v, 2) for k, v in backbone.state_dict().items()}
     monkeypatch.setitem(sys.modules, "safetensors", package)
     monkeypatch.setitem(sys.modules, "safetensors.torch", module)

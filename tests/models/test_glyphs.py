@@ -140,6 +140,7 @@ def test_many_glyphs_have_holes() -> None:
 @pytest.mark.parametrize("options, error, text", [
     ({"fold": 4, "part": "test"}, ConfigError, r"fold must be 0 \.\.\. 3, got 4"),
     ({"fold": 0, "part": "val"}, DataError, "part must be train or test"),
+    ({"fold": 0, "part": "test", "size": 8}, DataError, "size must be at least 9, got 8"),
     ({"fold": 0, "part": "test", "shots": 0}, DataError, "shots must be at least 1, got 0"),
 ])  # fmt: skip
 def test_bad_options(options: dict, error: type, text: str) -> None:

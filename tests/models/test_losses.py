@@ -106,6 +106,15 @@ def test_guard_with_a_scaler():
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.6, -0.8]))
 
 
+def test_guard_with_a_scaler_leaves_out_a_norm_that_overflows():
+    """Every gradient is finite, which is all that the scaler looks at; their norm is not."""
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer, scaler, guard = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu", 1.0), StepGuard(1.0)
+    scaler.scale((weight * 3e38).sum()).backward()
+    assert weight.grad.isfinite().all() and not guard.step(optimizer, scaler)
+    assert (guard.steps, guard.non_finite) == (0, 1) and not weight.detach().any()
+
+
 @pytest.mark.parametrize("name", ["dpcn", "dpnet"])
 def test_a_few_steps_learn_an_episode(name):
     """The whole loop: groups, loss, guard."""

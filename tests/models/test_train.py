@@ -344,12 +344,11 @@ def test_bad_files_are_counted_and_limited(tmp_path: Path, caplog: pytest.LogCap
     assert counted == sorted(counted) and counted[-1] >= 1
     said = [r.message for r in caplog.records if "replaced by another draw" in r.message]
     assert len(said) == len(set(said)) == counted[-1] and all("2007_01" in m for m in said)
-    (tmp_path / "VOC2012" / "SegmentationClassAug" / "2007_009000.png").write_bytes(b"x")  # found with the areas
-    run.data.min_area, run.out, run.optim.steps = 1, str(tmp_path / "areas"), 1
-    train(run)
-    state = checkpoints.read_state(checkpoints.complete(tmp_path / "areas" / "checkpoints")[-1] / "state.pt")
-    assert any("2007_009000.png" in message for message in state["bad_files"])
-    run.data.min_area, run.optim.steps = None, 12
     run.data.bad_limit, run.out = 0, str(tmp_path / "strict")
     with pytest.raises(DataError, match=r"1 unusable files \(data.bad_limit 0\), the last: .*2007_01\d000.jpg: not a"):
         train(run)
+    (tmp_path / "VOC2012" / "SegmentationClassAug" / "2007_009000.png").write_bytes(b"x")  # found with the areas
+    run.data.min_area, run.data.bad_limit, run.out, run.optim.steps = 1, 10, str(tmp_path / "areas"), 1
+    train(run)
+    state = checkpoints.read_state(checkpoints.complete(tmp_path / "areas" / "checkpoints")[-1] / "state.pt")
+    assert any("2007_009000.png" in message for message in state["bad_files"])

@@ -450,6 +450,14 @@ def test_empties(backend, batch, shots):
     assert not leaves[0].grad.any() and [x.grad.shape for x in leaves] == [x.shape for x in leaves]
 
 
+def test_no_shots(backend):
+    """The gradient to the support alone has no element."""
+    query, support = randn(2, 3, 4, 5), randn(2, 0, 3, 2, 3).requires_grad_()
+    for scores in (dense_cosine_max(query, support)[0], dense_cosine_match(query, support)[0]):
+        (gradient,) = torch.autograd.grad(scores.sum(), support)
+        assert gradient.shape == support.shape
+
+
 # ---- layouts, results, saved state ----------------------------------------------------------------------------------
 
 
