@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import environment, measure, models, peers, report, targets
+from benchmarks import environment, glyphs, measure, models, peers, report, targets
 from fss_kernels import testing
 
 OPS = tuple(testing.specs())
@@ -273,7 +273,8 @@ def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, ca
     assert targets.exit_code(outcomes, {**found, "failures": []}, False) == (0 if optional else 1)
 
 
-def test_report_shows_every_provider(results, tmp_path):
+def test_report_shows_every_provider(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, "RESULTS", tmp_path / "glyphs")
     file, page = tmp_path / "results.json", tmp_path / "page" / "index.html"
     environment.write_json(file, results)
     assert command.main(["report", str(file), "--out", str(page)]) == 0
@@ -283,6 +284,14 @@ def test_report_shows_every_provider(results, tmp_path):
     for entry in results["rows"]:
         assert entry["provider"].removeprefix("ceiling:") in html and entry["size"] in html
     assert str(results["environment"]["commit"]) in html and "src=" not in html and 'href="http' not in html
+
+
+def test_report_shows_the_glyph_experiment(results):
+    """A row a method, and the curves; nothing of it without results."""
+    experiment = {"header": glyphs.HEADER, "rows": [["a method", "12.3 ± 4.5"]], "curves": "<svg>curves</svg>"}
+    html = report.render(results, glyphs=experiment)
+    assert "<td>a method</td><td>12.3 ± 4.5</td>" in html and "<svg>curves</svg>" in html and "FB-IoU, 5 shots" in html
+    assert "FB-IoU, 5 shots" not in report.render(results)
 
 
 def test_report_shows_a_trained_network(results, tmp_path):
