@@ -215,7 +215,7 @@ def test_networks_replay_with_new_inputs(name, backend, request):
 def test_second_device(spec, backend):
     """Tensors of a device that is not the current one."""
     if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU")
+        pytest.skip("no second GPU")
     require(spec, backend)
     sample = largest(spec, 1)[0]
     call, names = bound(spec, sample, backend)
@@ -314,7 +314,7 @@ def test_more_than_2_31_elements(backend, shape, layout):
     batch, channels, height, width = shape
     assert batch * channels * height * width > 2**31
     if torch.cuda.mem_get_info()[0] < 40 << 30:
-        pytest.skip("needs 40 GB of free GPU memory")
+        pytest.skip("no GPU with 40 GB of free memory")
     generator = torch.Generator(DEVICE).manual_seed(5)
     stored = shape if layout == "contiguous" else (batch, height, width, channels)
     x = torch.empty(stored, dtype=torch.bfloat16, device=DEVICE).normal_(0.5, 1.0, generator=generator)

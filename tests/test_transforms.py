@@ -111,9 +111,10 @@ def test_forward_mode_raises(spec):
     def call(value):
         return spec.function(*{**tensors, names[0]: value}.values(), **sample.options)
 
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+    # the error is PyTorch's own: an op has no forward mode, and says so
+    with pytest.raises(NotImplementedError, match="must implement the jvp function"):
         torch.func.jvp(call, (x,), (torch.ones_like(x),))
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="must implement the jvp function"):
         call(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
