@@ -1,4 +1,4 @@
-# Verbs: demo, test, bench, readme, mutants, native, lint, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
+# Verbs: demo, test, bench, gate, readme, mutants, native, lint, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
 # One thread a process: two processes share two cores; tests about threads set their number.
@@ -7,7 +7,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test bench readme mutants native lint emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test bench gate readme mutants native lint emulate-cuda gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -45,9 +45,18 @@ test: .venv/installed .venv/native
 	  FSS_KERNELS_CPU_ISA=$$isa $(PYTEST) tests/test_numerics.py tests/ops -k "$$chosen"; \
 	done
 
+# Every number of the README: ops, networks, host, glyph networks (hours: what has a result is not trained again).
 bench: .venv/installed .venv/native
 	$(PY) -m benchmarks run
+	$(PY) -m benchmarks.models
+	$(PY) -m benchmarks overhead
+	$(PY) -m benchmarks.glyphs run
 	$(PY) -m benchmarks check
+	$(PY) -m benchmarks readme
+
+# No op slower than 1.5 times its committed ratio to a stand-in bound by the same resource.
+gate: .venv/installed .venv/native
+	$(PY) -m benchmarks gate
 
 readme: .venv/installed
 	$(PY) -m benchmarks readme

@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | check | report | readme``."""
+"""``python -m benchmarks run | check | compare | plot | report | readme | overhead | gate``."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def run(
     dtypes: list[str] = ("float32",),
     exclude: list[str] = (),
     tiny: bool = False,
-    rounds: int = 10,
+    rounds: int = 7,
     repeats: int = 3,
     seed: int = 0,
+    device: str = "cpu",
 ) -> int:
     """Measures ops against their peers and writes a JSON file for every folder of ops.
 
@@ -44,14 +45,20 @@ def run(
         ops: names of ops; all of them when none is given
         quick: fewer rounds, and only sizes that move little memory
         out: one result file of all; benchmarks/results/<machine>-<folder of the op>.json when empty
-        sizes: shell patterns of size labels
+        sizes: shell patterns of size labels, and the classes S, M and L
         dtypes: dtypes of the features
         exclude: shell patterns of peers to leave out
         tiny: shrink every size, to test this program
         rounds: rounds in which every provider has a turn
         repeats: timed calls in a turn
         seed: of the order of turns
+        device: cpu, or cuda: the stages core and peers of benchmarks.gpu, for all ops
     """
+    if device == "cuda":
+        return _on_gpu(out)
+    if device != "cpu":
+        _say(f"run: device must be cpu or cuda, got {device}")
+        return 2
     known = testing.specs()
     if unknown := set(ops) - set(known):
         _say(f"run: unknown ops {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -75,6 +82,24 @@ def run(
         plan = measure.Plan(*chosen, quick, tiny, named, rounds, repeats, seed, threads)
         codes.append(_finish(_measured(plan), path))
     return max(codes)
+
+
+def _on_gpu(out: str) -> int:
+    """Calibration, our kernels, then their peers, each in at most ten minutes."""
+    import torch
+
+    from benchmarks import gpu
+
+    if not torch.cuda.is_available():
+        _say("run: device cuda: PyTorch sees no GPU; `make gpu DRY=1` runs the same code on a CPU")
+        return 2
+    folder = Path(out or environment.ROOT / "build" / "gpu")
+    return max(gpu.run(stage, folder) for stage in ("core", "peers"))
+
+
+def _fixed_environment() -> dict[str, str]:
+    """This process' environment with the allocator and the threads fixed: both are read once, at the start."""
+    return {**os.environ, **environment.ALLOCATOR, "OMP_NUM_THREADS": str(environment.cores())}
 
 
 def _measured(plan: measure.Plan) -> dict[str, Any]:
@@ -188,6 +213,103 @@ def check(files: list[str] = (), allow_short: bool = False, lines: str = str(tar
     return code
 
 
+def compare(
+    before: str,
+    after: str,
+    ops: list[str] = (),
+    sizes: list[str] = (),
+    rounds: int = 7,
+    threshold: float = 1.5,
+) -> int:
+    """Compares two results; exits with 1 when a row reaches that much less of the roof, or the two share no row.
+
+    Args:
+        before: a result file, or a git revision that is built and measured in a worktree
+        after: the same
+        ops: what revisions measure; every op when none is given
+        sizes: what revisions measure: patterns, or the classes S, M and L
+        rounds: of the measurement of a revision
+        threshold: the factor that counts
+    """
+    from benchmarks import compare as comparison
+
+    arguments = [*ops, *(["--sizes", *sizes] if sizes else []), "--rounds", str(rounds)]
+    try:
+        results = [comparison.measured(source, arguments) for source in (before, after)]
+    except ValueError as error:
+        _say(str(error))
+        return 2
+    found = comparison.changes(*results)
+    if not found:
+        _say("compare: the two results share no row")
+        return 1
+    console.print(comparison.table(found, threshold, (before, after)))
+    return int(any(c.slowdown > threshold for c in found))
+
+
+def plot(files: list[str] = (), out: str = "report/plots") -> int:
+    """Writes the plots of result files as SVG files: every row, and time against size.
+
+    Args:
+        files: result files; the newest of benchmarks/results for every op when none is given
+        out: folder to write
+    """
+    from benchmarks.report import plots
+
+    count = 0
+    for results in [json.loads(Path(f).read_text()) for f in files] or _newest():
+        if not any("share_in_ops" in row for row in results["rows"]):
+            for name, svg in plots(results).items():
+                environment.write_text(Path(out, f"{name}.svg"), svg)
+                count += 1
+    _say(f"{count} plots -> {out}")
+    return int(count == 0)
+
+
+def overhead(ops: list[str] = (), out: str = "") -> int:
+    """Measures what a call costs the host, in microseconds.
+
+    Args:
+        ops: names of ops; all of them when none is given
+        out: result file; benchmarks/results/overhead/<machine>.json when empty
+    """
+    from benchmarks import overhead as costs
+
+    if "MALLOC_TOP_PAD_" not in os.environ:
+        command = [sys.executable, "-m", "benchmarks", "overhead", *ops, "--out", out]
+        return subprocess.run(command, cwd=environment.ROOT, env=_fixed_environment()).returncode
+    path = Path(out) if out else costs.FOLDER / f"{environment.machine_slug()}.json"
+    for line in (costs.header(), *costs.cells(costs.run(tuple(ops) or tuple(testing.specs()), path))):
+        _say("  ".join(f"{cell:>24}" for cell in line))
+    _say(f"microseconds a call -> {path}")
+    return 0
+
+
+def gate(ops: list[str] = (), slowed: int = 1, update: bool = False, repeat: int = 1) -> int:
+    """Compares every op with a stand-in bound by the same resource; exits with 1 when one has become 1.5x slower.
+
+    Args:
+        ops: names of ops; all of them when none is given
+        slowed: how often an op is called in place of once, to see the gate fail
+        update: write the ratios as this machine's new baseline
+        repeat: how often to do it all
+    """
+    from benchmarks import gate as regression
+
+    if "MALLOC_TOP_PAD_" not in os.environ:
+        command = [sys.executable, "-m", "benchmarks", "gate", *ops, "--slowed", str(slowed), "--repeat", str(repeat)]
+        command += ["--update"] if update else []
+        return subprocess.run(command, cwd=environment.ROOT, env=_fixed_environment()).returncode
+    failed = 0
+    for _ in range(repeat):
+        outcomes = regression.run(tuple(ops) or tuple(testing.specs()), slowed, update)
+        for outcome in outcomes:
+            _say(str(outcome))
+        failed += any(o.failed for o in outcomes)
+    _say(f"gate: {repeat - failed} of {repeat} passed")
+    return int(failed > 0)
+
+
 def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
     """Writes one HTML page with tables and plots.
 
@@ -197,11 +319,14 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
         demo: folder that `fss-models demo` wrote, to show its scores and pictures
     """
     from benchmarks import glyphs
+    from benchmarks import overhead as costs
     from benchmarks.report import render
 
-    rows = glyphs.cells()
+    rows, host = glyphs.cells(), costs.newest()
     experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg()} if rows else None
-    environment.write_text(out, render(json.loads(Path(file).read_text()), Path(demo) if demo else None, experiment))
+    table = {"header": costs.header(), "rows": costs.cells(host)} if host else None
+    results = json.loads(Path(file).read_text())
+    environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table))
     _say(f"report -> {out}")
     return 0
 
@@ -214,6 +339,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         file: the README
     """
     from benchmarks import glyphs
+    from benchmarks import overhead as costs
     from benchmarks.report import readme_section, replace_section
 
     committed = _newest()
@@ -222,7 +348,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         return 0
     text = Path(file).read_text() if Path(file).exists() else ""
     try:
-        new = replace_section(text, readme_section(committed, glyphs.markdown()))
+        new = replace_section(text, readme_section(committed, glyphs.markdown(), costs.markdown()))
     except ValueError as error:
         _say(f"readme: skipped, {file}: {error}")
         return 0
@@ -236,7 +362,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: every function above is a command; its first list, or what has no default, is given by position."""
-    functions = {f.__name__: f for f in (run, check, report, readme)}
+    functions = {f.__name__: f for f in (run, check, compare, plot, report, readme, overhead, gate)}
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subcommands()
     for name, function in functions.items():

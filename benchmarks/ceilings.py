@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the running process: reading, copying and writing memory, FMA."""
+"""What this machine can do at most, measured in the running process: moving memory, multiplying and adding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-KINDS = ("read", "copy", "write")
+MEMORY = ("read", "copy", "write")
+COMPUTE = ("fma", "screen")  # float32 products; bfloat16 products where kernels screen with them
+KINDS = MEMORY + COMPUTE
 
 
 def native() -> ModuleType:
@@ -39,8 +41,9 @@ class Ceilings:
     def _read(self, data: np.ndarray, pattern: int) -> float:
         return self.native.read_seconds(data, self.threads, pattern)
 
-    def timers(self) -> dict[str, Callable[[torch.Tensor], float]]:
-        """Kind -> seconds to move all bytes of a buffer: read it, copy one half to the other, or write it."""
+    def timers(self, flops: int = 0) -> dict[str, Callable[[torch.Tensor], float]]:
+        """Kind -> seconds to move all bytes of a buffer: read it, copy one half to the other, or write it; or, whatever
+        the buffer, to do ``flops``."""
 
         def copy(data: torch.Tensor) -> float:
             half = data.numel() // 2
@@ -50,6 +53,8 @@ class Ceilings:
             "read": lambda data: self._read(data.numpy(), self.pattern),
             "copy": copy,
             "write": lambda data: self.native.write_seconds(data.numpy(), self.threads),
+            "fma": lambda data: flops * 1e-9 / self.native.fma_gflops(self.threads),
+            "screen": lambda data: flops * 1e-9 / self.native.screen_gflops(self.threads),
         }
 
     def measure(self) -> dict[str, float]:
@@ -57,11 +62,11 @@ class Ceilings:
         settle()
         data = buffer(self.size)
         gigabytes = data.nbytes * 1e-9
-        result = {
-            f"{kind}_gbps": gigabytes / statistics.median(timer(data) for _ in range(7))
-            for kind, timer in self.timers().items()
+        timers = self.timers(10**9)
+        return {
+            **{f"{k}_gbps": gigabytes / statistics.median(timers[k](data) for _ in range(7)) for k in MEMORY},
+            **{f"{k}_gflops": 1 / statistics.median(timers[k](data) for _ in range(3)) for k in COMPUTE},
         }
-        return {**result, "fma_gflops": statistics.median(self.native.fma_gflops(self.threads) for _ in range(3))}
 
 
 def settle() -> None:

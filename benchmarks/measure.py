@@ -29,12 +29,14 @@ from fss_kernels.testing import Sample, Spec
 
 OURS = "fss_kernels"
 MODES = ("forward", "forward+backward")
-# A quick run has the sizes that move, and multiply, at most this much in a forward call.
-QUICK_BYTES, QUICK_FLOPS = 64 << 20, 4e9
+# Classes of sizes: the bytes that a forward call moves, and its operations, at most; a quick run has "S" alone.
+CLASSES = {"S": (64 << 20, 4e9), "M": (256 << 20, 40e9), "L": (math.inf, math.inf)}
 # A peer further from float64 than this, relative to the largest element, does not compute the same thing.
 SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
 # A peer this many times slower than the fastest one sits out after the first rounds: it decides nothing.
 SLOW_PEER, FIRST_ROUNDS = 2.0, 3
+# One this many times slower sits out after a single round.
+HOPELESS = 20.0
 # Measurement noise: a ceiling and an op are timed milliseconds apart, not at once.
 ROOF_SLACK = 1.03
 
@@ -45,7 +47,7 @@ class Plan:
 
     ops: tuple[str, ...]
     dtypes: tuple[str, ...] = ("float32",)
-    sizes: tuple[str, ...] = ()  # shell patterns of labels; empty: all
+    sizes: tuple[str, ...] = ()  # shell patterns of labels, and classes S, M, L; empty: all
     exclude: tuple[str, ...] = ()  # shell patterns of peers to leave out
     quick: bool = False
     tiny: bool = False  # every number of a size becomes its square root
@@ -96,21 +98,27 @@ def selected(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
+def size_class(cost: testing.Cost) -> str:
+    """S, M or L."""
+    return next(c for c, (size, flops) in CLASSES.items() if cost.bytes <= size and cost.flops <= flops)
+
+
 def rows(plan: Plan) -> list[Row]:
     """The rows of a plan."""
     result = []
+    classes = {"S"} if plan.quick else set(plan.sizes) & set(CLASSES)
+    patterns = [p for p in plan.sizes if p not in CLASSES]
     for op in plan.ops:
         spec = testing.specs()[op]
-        for size in selected(spec.sizes, plan.sizes or ("*",)):
+        for size in selected(spec.sizes, patterns or ("*",)):
             arguments = dict(spec.sizes[size])
             modes = arguments.pop("modes", MODES)
             if plan.tiny:
                 arguments = {k: math.isqrt(v) + 1 if isinstance(v, int) else v for k, v in arguments.items()}
             for dtype in plan.dtypes:
-                if plan.quick:
-                    sample = spec.benchmark_sample(**arguments)
-                    cost = spec.cost(sample, getattr(torch, dtype), "forward")
-                    if cost.bytes > QUICK_BYTES or cost.flops > QUICK_FLOPS:
+                if classes:
+                    cost = spec.cost(spec.benchmark_sample(**arguments), getattr(torch, dtype), "forward")
+                    if size_class(cost) not in classes:
                         continue
                 result += [Row(op, size, dtype, mode, arguments) for mode in modes]
     return result
@@ -316,21 +324,27 @@ def summarise(
     by_round = {p: {n: float(np.median(s)) for n, s in visits.items()} for p, visits in samples.items()}
     rates = {
         kind: {n: prepared.buffers[0].nbytes / s for n, s in by_round.get(f"ceiling:{kind}", {}).items()}
-        for kind in ceilings.KINDS
+        for kind in ceilings.MEMORY
     }
+    products = by_round.get(f"ceiling:{'screen' if cost.screened else 'fma'}", {})
 
     def paired(provider: str, value: Callable[[int, float], float]) -> float | None:
         values = [value(n, seconds) for n, seconds in by_round.get(provider, {}).items()]
         return float(np.median(values)) if values else None
 
-    def floor(n: int) -> float:
-        """Least time in a round: what must be read at the reading ceiling, what must be written at the writing one."""
+    def moving(n: int) -> float:
+        """Least time in a round to move memory: to read at the reading ceiling, to write at the writing one."""
         written = cost.written / rates["write"][n] if cost.written else 0.0
         return (cost.bytes - cost.written) / rates["read"][n] + written
+
+    def floor(n: int) -> float:
+        """The roofline: memory and products overlap at best."""
+        return max(moving(n), products[n])
 
     entries = []
     for provider in [*prepared.verdicts, *(f"ceiling:{kind}" for kind in ceilings.KINDS)]:
         verdict = prepared.verdicts.get(provider)
+        does_flops = verdict is not None or provider.removeprefix("ceiling:") in ceilings.COMPUTE
         entry: dict[str, Any] = {
             **{key: getattr(row, key) for key in ("op", "size", "dtype", "mode")},
             "provider": provider,
@@ -338,17 +352,19 @@ def summarise(
             "max_error": verdict.max_error if verdict and math.isfinite(verdict.max_error) else None,
             "seconds": None,
             "bytes": cost.bytes if verdict else prepared.buffers[0].nbytes,
-            "flops": cost.flops if verdict else 0,
+            "flops": cost.flops if does_flops else 0,
             "extra_bytes": prepared.extra.get(provider),
             "scratch_bytes": prepared.scratch_bytes,
-            **dict.fromkeys(("gbps", "gflops", "roof_fraction", "ratio_to_ours")),
+            **dict.fromkeys(("gbps", "gflops", "roof_fraction", "ratio_to_ours", "bound")),
         }
         if samples.get(provider) and not prepared.refused and not (verdict and verdict.message):
             seconds = [s for visit in samples[provider].values() for s in visit]
             entry["seconds"] = {**quantiles(seconds), "samples": len(seconds)}
-            entry["gbps"] = entry["bytes"] / entry["seconds"]["median"] * 1e-9
+            median = max(entry["seconds"]["median"], 1e-12)
+            entry["gbps"] = entry["bytes"] / median * 1e-9 if verdict or not does_flops else None
+            entry["gflops"] = entry["flops"] / median * 1e-9 if does_flops else None
             if verdict:
-                entry["gflops"] = entry["flops"] / entry["seconds"]["median"] * 1e-9
+                entry["bound"] = "memory" if paired(provider, lambda n, s: moving(n) - products[n]) >= 0 else "products"
                 entry["roof_fraction"] = paired(provider, lambda n, s: floor(n) / s)
                 entry["ratio_to_ours"] = paired(provider, lambda n, s: s / by_round[OURS][n])
                 if entry["roof_fraction"] > ROOF_SLACK:
@@ -394,11 +410,12 @@ class Session:
         return self.prepared
 
     def sits_out(self, visit: Visit) -> bool:
-        """Whether a peer is so much slower than another one that three rounds of it are enough."""
-        if visit.round < FIRST_ROUNDS or visit.provider in (OURS, *self.plan.named):
+        """Whether a peer is so much slower than another one that three rounds of it, or one, are enough."""
+        if visit.round == 0 or visit.provider in (OURS, *self.plan.named):
             return False
         peers = {n: np.median([*v.values()]) for n, v in self.samples.items() if n != OURS and ":" not in n}
-        return bool(visit.provider in peers and peers[visit.provider] > SLOW_PEER * min(peers.values()))
+        limit = SLOW_PEER if visit.round >= FIRST_ROUNDS else HOPELESS
+        return bool(visit.provider in peers and peers[visit.provider] > limit * min(peers.values()))
 
     def record(self, visit: Visit, seconds: list[float]) -> None:
         """Adds the timed calls of one visit."""

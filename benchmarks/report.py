@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ def _templates() -> jinja2.Environment:
     )  # fmt: skip
 
 
+def _rate(entry: dict[str, Any]) -> str:
+    """The rate of a ceiling, for people."""
+    if entry.get("gflops"):
+        return f"{entry['gflops']:.0f} GFLOP/s"
+    return f"{entry['gbps']:.1f} GB/s" if entry["gbps"] else "none"
+
+
 def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a result file in order, each with its entries sorted by time and its floor in seconds."""
     names = ("op", "size", "dtype", "mode")
@@ -40,7 +48,7 @@ def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "title": " · ".join(key),
                 "entries": sorted(providers, key=lambda e: e["seconds"]["median"] if e["seconds"] else float("inf")),
                 "ceilings": {
-                    p.removeprefix("ceiling:"): e["gbps"] for p, e in entries.items() if p.startswith("ceiling:")
+                    p.removeprefix("ceiling:"): _rate(e) for p, e in entries.items() if p.startswith("ceiling:")
                 },
                 "ours": ours,
                 "fastest": fastest,
@@ -108,33 +116,52 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def render(results: dict[str, Any], demo: Path | None = None, glyphs: dict[str, Any] | None = None) -> str:
+def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of one op, dtype and mode, by title."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["ours"]["seconds"]:
+            groups.setdefault(f"{row['op']}, {row['dtype']}, {row['mode']}", []).append(row)
+    return groups
+
+
+def plots(results: dict[str, Any]) -> dict[str, str]:
+    """File name without suffix -> SVG, of every row and of time against size."""
+    rows = tables(results)
+    named = {row["title"]: _plot(row) for row in rows}
+    named |= {f"scaling {title}": _scaling(members) for title, members in _groups(rows).items()}
+    return {re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"): svg for title, svg in named.items() if svg}
+
+
+def render(
+    results: dict[str, Any],
+    demo: Path | None = None,
+    glyphs: dict[str, Any] | None = None,
+    overhead: dict[str, Any] | None = None,
+) -> str:
     """One self-contained HTML page.
 
     Args:
         results: a result file.
         demo: the folder that `fss-models demo` wrote, for its scores and pictures.
         glyphs: ``header``, ``rows`` and ``curves`` of the glyph experiment.
+        overhead: ``header`` and ``rows`` of what a call costs the host.
     """
     rows = [{**row, "plot": _plot(row)} for row in tables(results)]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["ours"]["seconds"]:
-            groups.setdefault(f"{row['op']}, {row['dtype']}, {row['mode']}", []).append(row)
-    scaling = {title: _scaling(members) for title, members in groups.items()}
+    scaling = {title: _scaling(members) for title, members in _groups(rows).items()}
     trained, pictures = None, ""
     if demo is not None:
         trained = json.loads((demo / "demo.json").read_text())
         pictures = base64.b64encode((demo / "grid.png").read_bytes()).decode()
     template = _templates().get_template("report.html.j2")
     return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures,
-                           glyphs=glyphs)  # fmt: skip
+                           glyphs=glyphs, overhead=overhead)  # fmt: skip
 
 
-def readme_section(files: list[dict[str, Any]], glyphs: str = "") -> str:
+def readme_section(files: list[dict[str, Any]], glyphs: str = "", overhead: str = "") -> str:
     """The README's tables, of ops and of networks, one each a machine, of result files that share no op.
 
-    ``glyphs``: the table of the glyph experiment, in Markdown.
+    ``glyphs`` and ``overhead``: the tables of the glyph experiment and of what a call costs the host, in Markdown.
     """
     machines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for results in sorted(files, key=lambda f: f["plan"]["ops"]):
@@ -143,7 +170,11 @@ def readme_section(files: list[dict[str, Any]], glyphs: str = "") -> str:
         kind = "networks" if any("share_in_ops" in row for row in results["rows"]) else "ops"
         machine = machines.setdefault(key, {"ops": [], "networks": []})
         machine[kind].append({**results, "tables": tables(results)})
-    return _templates().get_template("readme.md.j2").render(machines=list(machines.values()), glyphs=glyphs)
+    return (
+        _templates()
+        .get_template("readme.md.j2")
+        .render(machines=list(machines.values()), glyphs=glyphs, overhead=overhead)
+    )
 
 
 def replace_section(text: str, section: str) -> str:

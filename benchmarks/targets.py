@@ -94,7 +94,7 @@ def exit_code(outcomes: list[Outcome], results: dict[str, Any], allow_short: boo
 
 def table(outcomes: list[Outcome], title: str) -> Table:
     """The comparison for people."""
-    result = Table("line", "row", "bound", "measured", "", "% of memory roof", "fastest peer", title=title)
+    result = Table("line", "row", "bound", "measured", "", "% of roof", "fastest peer", title=title)
     colours = {"pass": "green", "SHORT": "yellow", "MISSING": "red"}
     for o in outcomes:
         line = o.line

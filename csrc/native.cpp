@@ -136,9 +136,8 @@ double write_seconds(array<float>& target, int threads) {
   });
 }
 
-double fma_gflops(int threads) {
+double gflops(int threads, int64_t (*multiply_add)(int64_t, float*)) {
   constexpr int64_t kSteps = 4'000'000;
-  const auto multiply_add = FSS_FOR_ISA(ceilings::multiply_add);
   std::atomic<int64_t> flops{0};
   std::atomic<float> sink{0};
   const double seconds = timed(threads, [&](int) {
@@ -147,6 +146,35 @@ double fma_gflops(int threads) {
     sink = result;
   });
   return double(flops) / seconds * 1e-9;
+}
+
+double fma_gflops(int threads) { return gflops(threads, FSS_FOR_ISA(ceilings::multiply_add)); }
+
+#if FSS_X86_VARIANTS
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+// 12 independent chains of sums of two bfloat16 products a lane. Returns the operations.
+int64_t multiply_add_pairs(int64_t steps, float* result) {
+  constexpr int kChains = 12;
+  const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3f803f80), b = (__m512bh)_mm512_set1_epi32(0x3a833a83);
+  __m512 x[kChains];
+  for (int c = 0; c < kChains; ++c) x[c] = _mm512_set1_ps(float(c));
+  for (int64_t i = 0; i < steps; ++i) {
+    for (int c = 0; c < kChains; ++c) x[c] = _mm512_dpbf16_ps(x[c], a, b);
+  }
+  for (int c = 1; c < kChains; ++c) x[0] = _mm512_add_ps(x[0], x[c]);
+  *result = _mm512_reduce_add_ps(x[0]);
+  return 4 * steps * kChains * 16;
+}
+#pragma GCC pop_options
+#endif
+
+// Where kernels screen with bfloat16 products: their rate; elsewhere that of fma_gflops.
+double screen_gflops(int threads) {
+#if FSS_X86_VARIANTS
+  if (cpu_isa() == Isa::avx512_bf16) return gflops(threads, &multiply_add_pairs);
+#endif
+  return fma_gflops(threads);
 }
 
 // Forward of masked_avg_pool for weights that have the grid's size, on the calling thread.
@@ -185,6 +213,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("threads"));
   m.def("write_seconds", &fss::write_seconds, py::arg("target").noconvert(), py::arg("threads"));
   m.def("fma_gflops", &fss::fma_gflops, py::arg("threads"));
+  m.def("screen_gflops", &fss::screen_gflops, py::arg("threads"));
   m.def("masked_avg_pool", &fss::run_masked_avg_pool<float>, py::arg("features").noconvert(),
         py::arg("weights").noconvert(), py::arg("eps"));
   m.def("masked_avg_pool", &fss::run_masked_avg_pool<double>, py::arg("features").noconvert(),

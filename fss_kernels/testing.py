@@ -54,11 +54,13 @@ class BadInput:
 
 @dataclass(frozen=True)
 class Cost:
-    """Least work of one call: bytes that must move, operations, and how many of those bytes are written."""
+    """Least work of one call: bytes that must move, operations, and how many of those bytes are written. ``screened``:
+    products of less precision may choose what is computed exactly."""
 
     bytes: int
     flops: int
     written: int = 0
+    screened: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import environment, glyphs, measure, models, peers, report, targets
+from benchmarks import ceilings, compare, environment, gate, glyphs, measure, models, overhead, peers, report, targets
 from fss_kernels import testing
 
 OPS = tuple(testing.specs())
@@ -33,10 +33,10 @@ def eager_peers(row: measure.Row) -> list[peers.Peer]:
 
 
 def fake_samples(prepared: measure.Prepared, ours: float = 1.0, peer: float = 2.0) -> dict:
-    """Two rounds in which the ceilings move the row's bytes in half a second."""
-    seconds = {measure.OURS: ours, "ceiling:read": 0.5, "ceiling:copy": 0.5, "ceiling:write": 0.5}
-    names = [*prepared.verdicts, "ceiling:read", "ceiling:copy", "ceiling:write"]
-    return {name: {n: [seconds.get(name, peer)] * 3 for n in range(2)} for name in names}
+    """Two rounds in which the ceilings move the row's bytes in half a second; products take next to nothing."""
+    moving = {f"ceiling:{kind}": 0.5 for kind in ceilings.MEMORY}
+    seconds = {measure.OURS: ours, **moving, "ceiling:fma": 1e-6, "ceiling:screen": 1e-6}
+    return {name: {n: [seconds.get(name, peer)] * 3 for n in range(2)} for name in [*prepared.verdicts, *seconds]}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,90 @@ def test_a_speed_above_the_roof_is_refused(row):
         assert [bool(session.failures), bool(session.notes)] == [failed, not failed]
 
 
+def test_the_roof_is_of_what_takes_longer():
+    """Products against moving memory; bfloat16 products where candidates are screened with them."""
+    row = next(r for r in measure.rows(PLAN) if r.op == "dense_cosine_max" and r.mode == "forward")
+    prepared = measure.Prepared(row, [])
+    samples = fake_samples(prepared, ours=1.0) | {"ceiling:fma": {0: [0.9], 1: [0.9]}}
+    for screened, products, bound, fraction in (
+        (False, 0.8, "products", 0.9),
+        (True, 0.8, "products", 0.8),
+        (True, 1e-6, "memory", None),
+    ):
+        prepared.cost = dataclasses.replace(prepared.cost, screened=screened)
+        ours = measure.summarise(prepared, samples | {"ceiling:screen": {0: [products], 1: [products]}})[0][0]
+        moving = prepared.cost.bytes / (prepared.buffers[0].nbytes / 0.5)
+        assert ours["bound"] == bound and ours["roof_fraction"] == pytest.approx(fraction or moving)
+
+
+def test_classes_of_sizes_are_disjoint_and_complete():
+    ops = ("masked_avg_pool", "dense_cosine_max")
+    chosen = [{(r.op, r.size) for r in measure.rows(measure.Plan(ops, sizes=(c,)))} for c in "SML"]
+    every = {(r.op, r.size) for r in measure.rows(measure.Plan(ops))}
+    assert set.union(*chosen) == every and sum(map(len, chosen)) == len(every)
+    assert ("masked_avg_pool", "4x256x60x60") in chosen[0] and ("dense_cosine_max", "1x2048x60x60") in chosen[2]
+    assert measure.rows(measure.Plan(ops, quick=True)) == measure.rows(measure.Plan(ops, sizes=("S",)))
+
+
+def test_compare_judges_by_the_share_of_the_roof(results, tmp_path, capsys):
+    """A machine that is twice as slow in everything is no change; a kernel that is twice as slow is one."""
+    before, same, slower = (copy.deepcopy(results) for _ in range(3))
+    for changed, roof in ((same, 1.0), (slower, 0.5)):
+        for e in changed["rows"]:
+            if e["provider"] == measure.OURS:
+                e["seconds"]["median"] *= 2
+                e["roof_fraction"] *= roof
+    files = {}
+    for name, content in (("before", before), ("same", same), ("slower", slower)):
+        files[name] = tmp_path / f"{name}.json"
+        environment.write_json(files[name], content)
+    assert command.main(["compare", str(files["before"]), str(files["same"])]) == 0
+    assert "SLOWER" not in capsys.readouterr().out
+    assert command.main(["compare", str(files["before"]), str(files["slower"])]) == 1
+    assert capsys.readouterr().out.count("SLOWER") == len(ROWS)
+    assert {c.slowdown for c in compare.changes(before, slower)} == {2.0}
+    assert command.main(["compare", str(files["before"]), "no-such-revision"]) == 2
+    assert "compare: no-such-revision is neither a result file nor a revision" in capsys.readouterr().out
+    environment.write_json(files["same"], {**same, "rows": []})
+    assert command.main(["compare", str(files["before"]), str(files["same"])]) == 1
+
+
+def test_plot_writes_every_row(results, tmp_path):
+    file, out = tmp_path / "results.json", tmp_path / "plots"
+    environment.write_json(file, results)
+    assert command.main(["plot", str(file), "--out", str(out)]) == 0
+    written = sorted(out.glob("*.svg"))
+    assert len(written) == len(ROWS) + len({(r.op, r.dtype, r.mode) for r in ROWS})
+    assert all(measure.OURS in p.read_text() for p in written)
+
+
+def test_the_gate_fails_a_kernel_that_is_slowed_down():
+    """The ratio of a quiet measurement is the baseline; the same kernel called twice fails, once passes."""
+    row = next(r for r in gate.rows(("prototype_cosine",)) if r.mode == "forward")
+    quiet = gate.measure_row(row, None)
+    assert not quiet.failed and quiet.stand_in == "x.sum()" and "no baseline" in str(quiet)
+    assert not gate.measure_row(row, quiet.ratio).failed
+    slowed = gate.measure_row(row, quiet.ratio, slowed=3)
+    assert slowed.failed and "SLOWER" in str(slowed)
+    assert gate.stand_in(SimpleNamespace(cost=testing.Cost(bytes=1, flops=100)))[0] == "torch.mm"
+
+
+def test_overhead_measures_every_column(tmp_path):
+    results = overhead.run(("masked_avg_pool",), tmp_path / "overhead.json", rounds=1, count=1)
+    assert json.loads((tmp_path / "overhead.json").read_text()) == results
+    (line,) = overhead.cells(results)
+    assert line[0] == "masked_avg_pool" and len(line) == len(overhead.header())
+    assert all(float(cell) > 0 for cell in line[1:])
+
+
+def test_cuda_needs_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert command.main(["run", "--device", "cuda"]) == 2
+    assert "run: device cuda: PyTorch sees no GPU" in capsys.readouterr().out
+    assert command.main(["run", "--device", "tpu"]) == 2
+
+
 def test_ratios_pair_values_of_the_same_round():
     row = ROWS[0]
     prepared = measure.Prepared(row, eager_peers(row))
@@ -160,8 +244,9 @@ def test_far_slower_peers_sit_out():
     session.plan = measure.Plan(OPS, named=("bound",))
     seconds = {measure.OURS: 0.1, "ceiling:read": 0.01, "fast": 1.0, "close": 1.9, "slow": 2.1, "bound": 9.0}
     session.samples = {name: {n: [s] * 3 for n in range(3)} for name, s in seconds.items()}
-    for n, out in ((2, set()), (3, {"slow"})):
-        assert {name for name in seconds if session.sits_out(measure.Visit(ROWS[0], n, name))} == out
+    session.samples["hopeless"] = {0: [21.0]}
+    for n, out in ((0, set()), (1, {"hopeless"}), (2, {"hopeless"}), (3, {"slow", "hopeless"})):
+        assert {name for name in session.samples if session.sits_out(measure.Visit(ROWS[0], n, name))} == out
 
 
 def test_extra_bytes_are_exact():
@@ -395,6 +480,7 @@ def test_run_from_end_to_end(tmp_path, capsys):
     assert found["environment"]["allocator"] == environment.ALLOCATOR
     assert found["environment"]["threads"] == environment.cores()
     assert min(found["ceilings"][when]["read_gbps"] for when in ("before", "after")) > 0
-    assert {e["provider"] for e in found["rows"]} >= {measure.OURS, "ceiling:read", "ceiling:copy", "ceiling:write"}
-    assert {e["seconds"]["samples"] for e in found["rows"]} == {4}
+    assert {e["provider"] for e in found["rows"]} >= {measure.OURS, *(f"ceiling:{k}" for k in ceilings.KINDS)}
+    counts = {e["provider"]: e["seconds"]["samples"] for e in found["rows"]}
+    assert counts[measure.OURS] == 4 and set(counts.values()) <= {2, 4}  # a hopeless peer has one round
     assert "max_error" in found["rows"][0] and found["rows"][0]["correct"]

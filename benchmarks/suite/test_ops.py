@@ -17,7 +17,8 @@ def test_visit(visit, session, benchmark):
     times = {"rounds": session.plan.repeats, "iterations": 1, "warmup_rounds": 1}
     if visit.provider.startswith("ceiling:"):
         # timed by its own threads from a common start: starting them is not part of moving memory
-        timer, seconds = session.ceilings.timers()[visit.provider.removeprefix("ceiling:")], []
+        timers, seconds = session.ceilings.timers(prepared.cost.flops), []
+        timer = timers[visit.provider.removeprefix("ceiling:")]
         ceilings.settle()
         benchmark.pedantic(
             lambda data: seconds.append(timer(data)), setup=lambda: ((prepared.next_buffer(),), {}), **times

@@ -287,9 +287,11 @@ def _cost(sample: Sample, dtype: torch.dtype, mode: str) -> Cost:
     operands = channels * (batch * rows + pairs * columns) * size
     results = pairs * len(sample.options.get("windows", ((1, 1),))) * rows * (size + 8)
     flops = 2 * kept * rows * channels
+    screened = _elements(sample) == 1 and dtype == torch.float32
     if mode == "forward":
-        return Cost(operands + results, flops)
-    return Cost(3 * operands + 2 * results, flops + 4 * pairs * rows * _elements(sample) * channels)
+        return Cost(operands + results, flops, screened=screened)
+    flops += 4 * pairs * rows * _elements(sample) * channels
+    return Cost(3 * operands + 2 * results, flops, screened=screened)
 
 
 def _scratch_bytes(sample: Sample, dtype: torch.dtype, match: bool = False) -> int:

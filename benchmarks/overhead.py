@@ -1,0 +1,105 @@
+"""What a call costs the host: inputs of a few elements, so that time is dispatch, checks and autograd, not the kernel.
+
+Columns: the forward without a gradient, the forward that keeps what a gradient needs, with the backward, and the
+compiled forward; beside them the usual PyTorch code, forward and with the backward.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import environment, measure, peers
+from fss_kernels import testing
+
+FOLDER = environment.ROOT / "benchmarks" / "results" / "overhead"
+ROUNDS, CALLS = 20, 100
+COLUMNS = ("forward", "forward, keeping", "forward+backward", "compiled", "PyTorch forward", "PyTorch forward+backward")
+
+
+def _calls(op: str) -> dict[str, Callable[[], Any]]:
+    """Column -> a call on tiny inputs."""
+    spec = testing.specs()[op]
+    arguments = {k: v for k, v in next(iter(spec.sizes.values())).items() if k != "modes"}
+    sample = spec.benchmark_sample(**{k: math.isqrt(v) + 1 if type(v) is int else v for k, v in arguments.items()})
+    plain = spec.cast(sample, torch.float32)
+    wanted = spec.gradients_of("forward+backward", plain)
+    leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in plain.items()}
+    usual = next(p for p in peers.resolve(op)[0] if p.applies(arguments)).build(plain, sample.options)
+    compiled = torch.compile(spec.function, dynamic=False)
+
+    def forward(function: Callable[..., Any], tensors: dict[str, Any]) -> Callable[[], Any]:
+        return lambda: measure.flat(function(*tensors.values(), **sample.options))
+
+    def both(function: Callable[..., Any]) -> Callable[[], Any]:
+        call = forward(function, leaves)
+        seeds = [torch.ones_like(r) for r in call() if r.is_floating_point()]
+
+        def run() -> Any:
+            scores = [r for r in call() if r.is_floating_point()]
+            return torch.autograd.grad(scores, [leaves[n] for n in wanted], seeds)
+
+        return run
+
+    calls = (
+        forward(spec.function, plain),
+        forward(spec.function, leaves),
+        both(spec.function),
+        forward(compiled, plain),
+        forward(usual, plain),
+        both(usual),
+    )
+    return dict(zip(COLUMNS, calls, strict=True))
+
+
+def run(ops: tuple[str, ...], path: Path, rounds: int = ROUNDS, count: int = CALLS) -> dict[str, Any]:
+    """Measures and writes microseconds a call, the median of rounds in which every column has a turn."""
+    order, rows = random.Random(0), []
+    torch.set_num_threads(environment.cores())
+    for op in ops:
+        torch._dynamo.reset()
+        calls = _calls(op)
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for n in range(rounds + 1):  # the first one warms up and compiles
+            for name in order.sample([*calls], len(calls)):
+                start = time.perf_counter()
+                for _ in range(count if n else 3):
+                    calls[name]()
+                if n:
+                    samples[name].append((time.perf_counter() - start) / count * 1e6)
+        rows.append({"op": op, "microseconds": {name: measure.quantiles(s) for name, s in samples.items()}})
+    results = {**environment.environment(), "rounds": rounds, "calls": count, "rows": rows}
+    environment.write_json(path, results)
+    return results
+
+
+def header() -> list[str]:
+    """The columns of the table."""
+    return ["op", *COLUMNS]
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table: medians in microseconds."""
+    return [[r["op"], *(f"{r['microseconds'][c]['median']:.0f}" for c in COLUMNS)] for r in results["rows"]]
+
+
+def newest() -> dict[str, Any] | None:
+    """The newest committed file."""
+    files = [json.loads(p.read_text()) for p in FOLDER.glob("*.json")]
+    return max(files, key=lambda r: str(r["environment"]["date"]), default=None)
+
+
+def markdown() -> str:
+    """The table of the newest file, for the README; empty without one."""
+    results = newest()
+    if results is None:
+        return ""
+    lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
