@@ -66,7 +66,7 @@ dist: .venv/requirements
 
 # The very same wheel beside other PyTorch releases, a fresh environment each: gigabytes to download, minutes each.
 TORCH ?= 2.10.0 newest
-dist-check: .venv/installed
+dist-check: .venv/requirements
 	$(PY) tests/distribution.py --python $(PYTHON) $(TORCH)
 
 lint: .venv/installed

@@ -2,8 +2,8 @@
 
     python tests/distribution.py [--python PYTHON] [release ...]        (make dist-check)
 
-A release is a version of PyTorch or "newest". Each has a fresh environment outside the checkout: that PyTorch, the wheel
-and what the wheel depends on, no compiler on the PATH. benchmarks/results/wheel/ keeps the log of one wheel: a run adds
+A release is a version of PyTorch or "newest". Each has a fresh environment outside the checkout: that PyTorch, the
+wheel and what it depends on, no compiler on the PATH. benchmarks/results/wheel/ keeps the log of one wheel: a run adds
 itself, and a new wheel starts a new log.
 """
 
