@@ -1,4 +1,5 @@
-# Verbs: demo, test, bench, gate, readme, mutants, native, lint, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
+# Verbs: demo, test, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
+# lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
 # One thread a process: two processes share two cores; tests about threads set their number.
@@ -7,11 +8,11 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test bench gate readme mutants native lint emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	$(PY) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja pybind11 build
 	@touch $@
 
 .venv/installed: .venv/requirements $(SOURCES)
@@ -68,6 +69,16 @@ mutants: .venv/installed
 emulate-cuda: .venv/installed
 	$(PY) tests/cpp/emulate_cuda.py
 
+# An sdist, and the wheel built from the unpacked sdist: whatever the sdist lacks cannot be in the wheel.
+dist: .venv/requirements
+	rm -rf dist
+	FSS_KERNELS_BUILD=cpu $(PY) -m build --no-isolation
+
+# The very same wheel beside other PyTorch releases, a fresh environment each: gigabytes to download, minutes each.
+TORCH ?= 2.10.0 newest
+dist-check: .venv/requirements
+	$(PY) tests/distribution.py --python $(PYTHON) $(TORCH)
+
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -97,4 +108,4 @@ gpu-wheels: .venv/installed
 	$(PY) -m pip wheel -q --no-deps -w gpu-wheels pykeops keopscore
 
 clean:
-	rm -rf .venv build report *.egg-info fss_kernels/*.so fss_kernels/_build_info.json
+	rm -rf .venv build dist report *.egg-info fss_kernels/*.so fss_kernels/_build_info.json

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "fss_kernels"
 
 # Only what every PyTorch >= 2.10 offers. No -std: PyTorch's build adds the one its headers need. No -ffast-math.
 MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", *MACROS]
+# -g0: Python's own flags ask for debug information, nine tenths of the library.
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-psabi", *MACROS]
 NVCC_FLAGS = ["-O3", "-DUSE_CUDA", "--expt-relaxed-constexpr", *MACROS]
 
 

@@ -72,6 +72,7 @@ def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -
     """Compares ops (all of them when none is named) on every backend, or one, with float64; 1 when anything fails."""
     table = Table("op", "backend", "dtype", "layout", "cases", "observed / allowed error", "")
     failures: list[str] = []
+    cases = 0
     rows = [
         (spec, device, backend, dtype, layout)
         for name, spec in testing.specs().items()
@@ -90,6 +91,7 @@ def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -
                 if sum(t.numel() for t in sample.tensors.values()) <= _largest_sample(backend, device)
                 for name, comparison in testing.evaluate(spec, sample, backend, dtype, layout, device)
             ]
+            cases += len(results)
             wrong = [c.message for _, c in results if not c.passed]
             names = dict.fromkeys("output" if n.startswith("output") else n for n, _ in results)
             parts = {n: [c for name, c in results if name.startswith(n)] for n in names}
@@ -107,7 +109,8 @@ def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -
     console.print(table)
     for message in failures:
         console.print(message, markup=False, soft_wrap=True)
-    console.print(f"verify: {len(rows)} rows, " + (f"{len(failures)} failures" if failures else "all within bounds"))
+    verdict = f"{len(failures)} failures" if failures else "all within bounds"
+    console.print(f"verify: {len(rows)} rows, {cases} cases, {verdict}")
     code = 1 if failures or not rows else 0
     interpret = only is None and not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     if interpret and not _library.TRITON_INTERPRETED:

@@ -33,7 +33,7 @@ def test_info(capsys):
 def test_verify_passes(few_rows, capsys):
     assert __main__.main(["verify"]) == 0
     out = capsys.readouterr().out
-    assert "2 rows, all within bounds" in out and "grad_mask" in out
+    assert "verify: 2 rows, 6 cases, all within bounds" in out and "grad_mask" in out
 
 
 def test_verify_fails_on_a_wrong_kernel(few_rows, monkeypatch, capsys):
@@ -89,7 +89,7 @@ def test_triton_is_verified_in_the_interpreter(capfd):
     """One op in a process of its own; tests/interpreted has the others."""
     assert __main__._verify_interpreted(["masked_avg_pool"]) == 0
     out = capfd.readouterr().out
-    assert "triton" in out and "4 rows, all within bounds" in out and "reference" not in out
+    assert "triton" in out and "verify: 4 rows, " in out and ", all within bounds" in out and "reference" not in out
 
 
 def test_verify_takes_known_ops_only(capsys):

@@ -1,0 +1,179 @@
+"""Checks what `make dist` built, then installs the wheel beside several PyTorch releases and verifies it there.
+
+    python tests/distribution.py [--python PYTHON] [release ...]        (make dist-check)
+
+A release is a version of PyTorch or "newest". Each has a fresh environment outside the checkout: that PyTorch, the
+wheel and what it depends on, no compiler on the PATH. benchmarks/results/wheel/ keeps the log of one wheel: a run adds
+itself, and a new wheel starts a new log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+LOGS = ROOT / "benchmarks" / "results" / "wheel"
+# What PyTorch promises to keep (the C shims), and what the platform does.
+STABLE = re.compile(r"(aoti_)?torch_\w+$|std::|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
+UNSTABLE = re.compile(r"\b(c10|at|torch)::")
+WEAK = {"__cxa_finalize", "__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
+STATE = """
+import importlib.metadata, json, platform
+import torch, fss_kernels
+from fss_kernels import _library
+versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+print(json.dumps({
+    "torch": torch.__version__, "python": platform.python_version(), "numpy": versions.get("numpy"),
+    "triton": versions.get("triton"), "isa": _library.cpu_isa(), "threads": torch.get_num_threads(),
+    "file": fss_kernels.__file__, "unavailable": _library.unavailable,
+    "defaults": {op.name: op.default_backend("cpu") for op in _library.ops.values()},
+}))
+"""
+
+
+def foreign_symbols(library: Path) -> list[str]:
+    """Undefined symbols of a library beyond PyTorch's stable C shims, libstdc++ and libc."""
+    command = ["nm", "-D", "--undefined-only", "--with-symbol-versions", "-C", library]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    symbols = [line.split(maxsplit=1)[1] for line in lines]
+    return [s for s in symbols if UNSTABLE.search(s) or not (STABLE.match(s) or s in WEAK)]
+
+
+def required_versions(library: Path) -> dict[str, str]:
+    """The newest version of every symbol set that a library needs, as {"GLIBC": "2.32"}."""
+    command = ["readelf", "-V", "-W", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Name: (\w+?)_([0-9.]+)", text)
+    newest = sorted(found, key=lambda pair: [int(part) for part in pair[1].split(".")])
+    return dict(sorted(dict(newest).items()))
+
+
+def faults(wheel: Path, sdist: Path, folder: Path) -> list[str]:
+    """What is wrong with the two files, before anything is installed."""
+    found = []
+    if not re.fullmatch(r"fss_kernels-[0-9.]+-py3-none-\w+\.whl", wheel.name):
+        found.append(f"{wheel.name}: the tag is not py3-none-<platform>")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        top = {name.partition("/")[0] for name in names}
+        found += [f"{wheel.name} contains {t}" for t in top - {"fss_kernels", "fss_models"} if ".dist-info" not in t]
+        libraries = [name for name in names if name.endswith(".so")]
+        if libraries != ["fss_kernels/_fss_cpu.so"]:
+            found.append(f"{wheel.name}: libraries {libraries}, expected _fss_cpu.so alone")
+        for name in libraries:
+            found += [f"{name} needs {symbol}" for symbol in foreign_symbols(Path(archive.extract(name, folder)))]
+    tracked = subprocess.run(["git", "ls-files", "csrc", "fss_kernels", "fss_models", "tests"], cwd=ROOT, check=True,
+                             capture_output=True, text=True).stdout.split()  # fmt: skip
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    found += [f"{sdist.name} lacks {name}" for name in tracked if name not in packed]
+    found += [f"{sdist.name} contains {name}" for name in packed if name.endswith((".so", ".pyc"))]
+    return found
+
+
+def install(folder: Path, python: str, release: str, wheel: Path) -> None:
+    """A fresh environment with a PyTorch and the wheel; pip reads the wheel's own dependencies."""
+    subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
+    torch = "torch" if release == "newest" else f"torch=={release}"
+    options = ["-q", "--no-compile", "--only-binary=:all:", "--disable-pip-version-check"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [folder / "bin" / "python", "-m", "pip", "install", *options, torch, wheel]
+    subprocess.run(command, check=True, cwd=folder, env=environment)
+
+
+def verify(folder: Path, release: str) -> dict[str, Any]:
+    """`fss-kernels info` and `fss-kernels verify` in the environment: one record for the log."""
+    environment = {"PATH": str(folder / "bin"), "HOME": str(folder), "LANG": "C.UTF-8"}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        program = [str(folder / "bin" / command[0]), *command[1:]]
+        return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
+
+    compilers = [c for c in COMPILERS if shutil.which(c, path=environment["PATH"])]
+    imported, info = run("python", "-c", STATE), run("fss-kernels", "info")
+    start = time.perf_counter()
+    verified = run("fss-kernels", "verify")
+    seconds = time.perf_counter() - start
+    wrong = [r.stdout[-3000:] + r.stderr[-3000:] for r in (imported, info, verified) if r.returncode]
+    state = json.loads(imported.stdout) if imported.returncode == 0 else {}
+    if compilers:
+        wrong.append(f"compilers on the PATH: {compilers}")
+    if state and not Path(state.pop("file")).is_relative_to(folder):
+        wrong.append("fss_kernels was imported from elsewhere")
+    if set(state.get("defaults", {}).values()) != {"cpp"}:
+        wrong.append(f"not every op runs the CPU kernels: {state}")
+    return {
+        "release": release,
+        **state,
+        "verify": [line for line in verified.stdout.splitlines() if line.startswith("verify: ")],
+        "exit": verified.returncode,
+        "seconds": round(seconds, 1),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "wrong": wrong,
+    }
+
+
+def record(wheel: Path, run: dict[str, Any], folder: Path) -> Path:
+    """Adds a run to the log of this wheel."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.environment import environment, write_json
+
+    log = LOGS / f"{wheel.stem.rpartition('-')[2]}.json"
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    with zipfile.ZipFile(wheel) as archive:
+        needs = required_versions(Path(archive.extract("fss_kernels/_fss_cpu.so", folder)))
+    about = {"file": wheel.name, "sha256": digest, "bytes": wheel.stat().st_size, "needs": needs}
+    before = json.loads(log.read_text()) if log.exists() else {}
+    if before.get("wheel") == about:
+        others = [r for r in before["runs"] if (r["torch"], r["python"]) != (run["torch"], run["python"])]
+    else:
+        before, others = {**environment(), "wheel": about}, []
+    write_json(log, {**before, "runs": [*others, run]})
+    return log
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Checks the files in dist/, then every release."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("releases", nargs="*", default=["2.10.0", "newest"], help="versions of PyTorch, or newest")
+    parser.add_argument("--python", default=sys.executable, help="the Python of the environments")
+    chosen = parser.parse_args(arguments)
+    wheels, sdists = sorted((ROOT / "dist").glob("*.whl")), sorted((ROOT / "dist").glob("*.tar.gz"))
+    if len(wheels) != 1 or len(sdists) != 1:
+        print(f"dist-check: dist/ holds {len(wheels)} wheels and {len(sdists)} sdists, not one each; run `make dist`")
+        return 2
+    with tempfile.TemporaryDirectory() as directory:
+        if found := faults(wheels[0], sdists[0], Path(directory)):
+            print("\n".join(found))
+            return 1
+    for release in chosen.releases:
+        with tempfile.TemporaryDirectory() as directory:
+            folder = Path(directory)
+            print(f"dist-check: {wheels[0].name}, PyTorch {release}, {chosen.python}", flush=True)
+            install(folder, chosen.python, release, wheels[0])
+            run = verify(folder, release)
+            if wrong := run.pop("wrong"):
+                print("\n".join(wrong))
+                return 1
+            log = record(wheels[0], run, folder)
+            print(f"PyTorch {run['torch']}, Python {run['python']}: {'; '.join(run['verify'])} -> {log}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
