@@ -1,4 +1,4 @@
-# Verbs: demo, test, bench, readme, mutants, native, lint, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
+# Verbs: demo, test, fuzz, bench, readme, mutants, native, lint, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
 # One thread a process: two processes share two cores; tests about threads set their number.
@@ -7,7 +7,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test bench readme mutants native lint emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test fuzz bench readme mutants native lint emulate-cuda gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -43,6 +43,13 @@ test: .venv/installed .venv/native
 	  case $$isa in avx512) chosen="dense_cosine and not reference";; *) chosen="not reference";; esac; \
 	  echo "== CPU kernels for $$isa: $$chosen"; \
 	  FSS_KERNELS_CPU_ISA=$$isa $(PYTEST) tests/test_numerics.py tests/ops -k "$$chosen"; \
+	done
+
+# Random calls for half an hour, in rounds: each prints its seed, and what it tried of every op, at least 500.
+FUZZ_SECONDS ?= 1800
+fuzz: .venv/installed
+	end=$$(( $$(date +%s) + $(FUZZ_SECONDS) )); while [ $$(date +%s) -lt $$end ]; do \
+	  FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
 
 bench: .venv/installed .venv/native
