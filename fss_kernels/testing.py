@@ -248,7 +248,9 @@ def gradients(
         layout(s.to(torch.bfloat16).to(device=o.device, dtype=o.dtype)) for s, o in zip(seeds, outputs, strict=True)
     ]
     reached = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
-    grads = torch.autograd.grad([o for o, _ in reached], list(leaves.values()), [s for _, s in reached]) if leaves else ()
+    grads: tuple[Tensor, ...] = ()
+    if leaves:
+        grads = torch.autograd.grad([o for o, _ in reached], list(leaves.values()), [s for _, s in reached])
     return [o.detach() for o in outputs], list(grads)
 
 

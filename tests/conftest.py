@@ -86,7 +86,7 @@ def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untype
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:  # type: ignore[no-untyped-def]
-    """A skip for another reason than missing hardware is a failure, and so is `make fuzz` with few examples of an op."""
+    """A skip for another reason than missing hardware is a failure; so is `make fuzz` with few examples of an op."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for report in reporter.stats.get("skipped", []) if reporter else []:
         if report.longrepr[2].removeprefix("Skipped: ") not in MISSING:

@@ -13,6 +13,7 @@ import fss_kernels
 from fss_kernels import testing
 
 BACKENDS = ("cpp", "reference")
+NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,38 @@ def test_batch_is_a_loop(op, data):
                 assert torch.equal(a[0], t[i])
             else:
                 close(a[0], t[i])
+
+
+@pytest.mark.parametrize("op", OPS)
+@given(data=st.data())
+@counted
+def test_values_that_are_not_finite(op, data):
+    """cpp has NaN and Inf exactly where the reference has them, and the same index beside a score that is NaN."""
+    case = data.draw(cases(op, ("cpp",)))
+    changed = {}
+    for name in (n for n in case.tensors if n in case.spec.features and case.tensors[n].numel()):
+        x = changed[name] = case.tensors[name].clone()
+        for _ in range(data.draw(st.integers(0, 2))):
+            x[tuple(data.draw(st.integers(0, n - 1)) for n in x.shape)] = data.draw(st.sampled_from(NOT_FINITE))
+    tensors = {**case.tensors, **changed}
+    results = []
+    for backend in BACKENDS:
+        with fss_kernels.use_backend(backend):
+            if op.startswith("dense"):
+                results.append(case.spec.public(*tensors.values(), **case.options))
+            else:
+                out = case.run(**tensors)
+                results.append(out if isinstance(out, (list, tuple)) else (out,))
+    for got, wanted in zip(*results, strict=True):
+        if wanted.is_floating_point():
+            assert torch.equal(got.isfinite(), wanted.isfinite())
+            if not case.options.get("merge"):  # which adds kernels first: (a + b) Inf is no NaN where a Inf + b Inf is
+                for sign in (1, -1):
+                    assert torch.equal(got == sign * torch.inf, wanted == sign * torch.inf)
+            close(*(torch.where(wanted.isfinite(), r, 0) for r in (got, wanted)))
+    for side in range(0, len(results[0]) if op.startswith("dense") else 0, 2):  # scores and their index
+        unknown = results[1][side].isnan()
+        assert torch.equal(*(r[side + 1][unknown] for r in results))
 
 
 # ---- masked_avg_pool -------------------------------------------------------------------------------------------------
