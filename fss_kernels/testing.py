@@ -202,7 +202,8 @@ def compare(
 
     def bound(measure: Callable[[Tensor], float], result: Tensor, dtype: torch.dtype) -> float:
         scale = measure(want)
-        plain_error = min(measure(result.detach().double() - want), PLAIN_CAP[dtype] * scale)
+        # in this order: a plain formula that overflows to NaN buys no more than the cap
+        plain_error = min(PLAIN_CAP[dtype] * scale, measure(result.detach().double() - want))
         return k * plain_error + max(floor, FLOOR[dtype]) * scale + torch.finfo(dtype).tiny
 
     allowed = bound(_maximum, plain, plain.dtype)
@@ -231,17 +232,27 @@ def check(*args: Any, **kwargs: Any) -> Comparison:
 
 
 def gradients(
-    function: Callable[..., Any], tensors: dict[str, Tensor], options: dict[str, Any], wanted: Iterable[str]
+    function: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    wanted: Iterable[str],
+    layout: Callable[[Tensor], Tensor] = LAYOUTS["contiguous"],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of a call, and its gradients to the ``wanted`` tensors under fixed pseudo-random output gradients."""
+    """Outputs of a call, and its gradients to the ``wanted`` tensors under fixed pseudo-random output gradients, which
+    ``layout`` brings into other strides."""
     leaves = {name: tensors[name].detach().requires_grad_() for name in wanted}
     results = function(*{**tensors, **leaves}.values(), **options)
     outputs = [r for r in ([results] if isinstance(results, Tensor) else results) if r.is_floating_point()]
     generator = torch.Generator().manual_seed(7)
     seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
     # rounded to half precision first, so that every dtype sees the same output gradients
-    seeds = [s.to(torch.bfloat16).to(device=o.device, dtype=o.dtype) for s, o in zip(seeds, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), seeds) if leaves else ()
+    seeds = [
+        layout(s.to(torch.bfloat16).to(device=o.device, dtype=o.dtype)) for s, o in zip(seeds, outputs, strict=True)
+    ]
+    reached = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
+    grads: tuple[Tensor, ...] = ()
+    if leaves:
+        grads = torch.autograd.grad([o for o, _ in reached], list(leaves.values()), [s for _, s in reached])
     return [o.detach() for o in outputs], list(grads)
 
 
@@ -266,27 +277,47 @@ def evaluate(
     """Runs one sample on one backend; one comparison an output and a gradient, labelled by name."""
     tensors = {name: LAYOUTS[layout](t) for name, t in spec.cast(sample, dtype, device).items()}
     names = differentiable_names(spec, tensors)
+    return judge(spec, tensors, sample.options, names, backend, dtype, f"[{sample.id}] {layout}")
+
+
+def judge(
+    spec: Spec,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    names: list[str],
+    backend: str | None,
+    dtype: torch.dtype,
+    label: str = "",
+    layout: Callable[[Tensor], Tensor] = LAYOUTS["contiguous"],
+) -> list[tuple[str, Comparison]]:
+    """Compares a call, and its gradients to the tensors of these names, with the oracle.
+
+    Args:
+        tensors: as the op gets them, the features in ``dtype``.
+        label: what the message says of the call besides op, backend and dtype.
+        layout: gives the output gradients other strides; with the same values only.
+    """
 
     def rounded(to: torch.dtype) -> dict[str, Tensor]:
         return {k: t.to(to) if t.is_floating_point() else t for k, t in tensors.items()}
 
     with _library.use_backend(backend):
-        actual = gradients(spec.function, tensors, sample.options, names)
-    plain = gradients(spec.plain, rounded(dtype), sample.options, names)
+        actual = gradients(spec.function, tensors, options, names, layout)
+    plain = gradients(spec.plain, rounded(dtype), options, names)
     # the float64 reference cannot be its own oracle
     itself = backend == "reference" and dtype == torch.float64
-    oracle = gradients(spec.plain if itself else spec.reference, rounded(torch.float64), sample.options, names)
+    oracle = gradients(spec.plain if itself else spec.reference, rounded(torch.float64), options, names)
     half = dtype in (torch.float16, torch.bfloat16)
-    plain32 = gradients(spec.plain, rounded(torch.float32), sample.options, names) if half else None
+    plain32 = gradients(spec.plain, rounded(torch.float32), options, names) if half else None
 
     comparisons = []
     for part, direction in enumerate(("forward", "backward")):
         for i, result in enumerate(actual[part]):
             name = f"output {i}" if direction == "forward" else f"grad_{names[i]}"
-            label = f"{spec.name}[{sample.id}] {backend} {dtype} {layout} {name}"
+            what = f"{spec.name}{label} {backend} {dtype} {name}"
             like = plain32[part][i] if plain32 is not None else None
             floor = REFERENCE_FLOOR if itself else 0.0
-            comparisons.append((name, compare(result, oracle[part][i], plain[part][i], direction, like, label, floor)))
+            comparisons.append((name, compare(result, oracle[part][i], plain[part][i], direction, like, what, floor)))
     return comparisons
 
 

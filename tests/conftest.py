@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +13,7 @@ from fss_kernels import _library, testing
 
 # What a machine may lack; a skip for any other reason is a failure.
 MISSING = ("no GPU", "no second GPU", "no GPU with 40 GB of free memory", "no nvcc", "no AVX512-BF16")
+FUZZ_MINIMUM = 500  # examples of every op in one round of `make fuzz`
 # Two kinds of process: the interpreter's tests run under TRITON_INTERPRET=1, everything else without it.
 collect_ignore = [] if _library.TRITON_INTERPRETED else ["interpreted"]
 SPECS = list(testing.specs().values())
@@ -61,6 +64,14 @@ def recorded_ops() -> Callable[[], list[tuple[str, tuple]]]:
     return Recorder
 
 
+def fuzzed(terminalreporter) -> Counter[str]:  # type: ignore[no-untyped-def]
+    """Examples that tests/fuzz tried, by op."""
+    total: Counter[str] = Counter()
+    for report in terminalreporter.getreports(""):
+        total.update(dict(getattr(report, "user_properties", ())).get("examples", {}))
+    return total
+
+
 def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untyped-def]
     """Skips by reason: only missing hardware or nvcc may skip a test."""
     reasons: dict[str, int] = {}
@@ -68,11 +79,20 @@ def pytest_terminal_summary(terminalreporter) -> None:  # type: ignore[no-untype
         reason = report.longrepr[2].removeprefix("Skipped: ")
         reasons[reason] = reasons.get(reason, 0) + 1
     terminalreporter.write_line(f"skips: {reasons or 'none'}")
+    if total := fuzzed(terminalreporter):
+        seed = terminalreporter.config.getoption("--hypothesis-seed")
+        counts = ", ".join(f"{op} {count}" for op, count in sorted(total.items()))
+        terminalreporter.write_line(f"examples (--hypothesis-seed={seed}): {counts}")
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:  # type: ignore[no-untyped-def]
-    """A skip for another reason than missing hardware is a failure."""
+    """A skip for another reason than missing hardware is a failure; so is `make fuzz` with few examples of an op."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for report in reporter.stats.get("skipped", []) if reporter else []:
         if report.longrepr[2].removeprefix("Skipped: ") not in MISSING:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if reporter and "FUZZ_EXAMPLES" in os.environ:
+        total = fuzzed(reporter)
+        if few := [spec.name for spec in SPECS if total[spec.name] < FUZZ_MINIMUM]:
+            reporter.write_line(f"fewer than {FUZZ_MINIMUM} examples: {', '.join(few)}", red=True)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

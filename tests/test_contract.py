@@ -43,11 +43,12 @@ def test_public_signature(spec):
         assert word in function.__doc__
 
 
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-def test_empty_batch(spec, backend):
+def test_empty_batch(spec, backend, layout):
     sample = next(iter(spec.samples()))
-    tensors = {k: t[:0] for k, t in spec.cast(sample, torch.float32).items()}
+    tensors = {k: testing.LAYOUTS[layout](t[:0]) for k, t in spec.cast(sample, torch.float32).items()}
     names = testing.differentiable_names(spec, tensors)
     with fss_kernels.use_backend(backend):
         outputs, grads = testing.gradients(spec.function, tensors, sample.options, names)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, SPECS, ids
+from conftest import BACKENDS, SMALL, SPECS, ids
 
 import fss_kernels
 from fss_kernels import testing
@@ -63,6 +63,23 @@ def test_second_derivative_is_not_silently_linear(spec):
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
         assert wanted.abs().max() > 0
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("spec, backend", BACKENDS, ids=ids)
+def test_layout_of_the_output_gradient(spec, backend, layout):
+    """An output gradient in other strides, some past NaN, is its values."""
+    arrange = testing.LAYOUTS[layout]
+    for sample in (s for sp, s in SMALL if sp is spec):
+        tensors = spec.cast(sample, torch.float64)
+        names = testing.differentiable_names(spec, tensors)
+        with fss_kernels.use_backend(backend):
+            _, grads = testing.gradients(spec.function, tensors, sample.options, names, arrange)
+            _, wanted = testing.gradients(
+                spec.function, tensors, sample.options, names, lambda seed: arrange(seed).clone().contiguous()
+            )
+        for g, w in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)

@@ -76,5 +76,8 @@ def test_rule_catches_what_it_is_for():
     assert not passed(torch.where(torch.arange(64) == 3, torch.nan, exact))
     assert not passed(exact[:-1])
     assert not testing.compare(oracle.float() * (1 + 1e-5), oracle, plain32, "forward").passed
+    for lost in (torch.inf, torch.nan):  # a plain formula that overflows buys as much as one that is far off, no more
+        assert testing.compare(exact, oracle, torch.full_like(plain, lost), "forward", plain32).passed
+        assert not testing.compare(exact * 1.2, oracle, torch.full_like(plain, lost), "forward").passed
     with pytest.raises(AssertionError, match=r"worst at \(3,\)"):
         testing.check(torch.where(torch.arange(64) == 3, 2.0, exact), oracle, plain, "forward", plain32, "label")

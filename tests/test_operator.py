@@ -1,5 +1,7 @@
 """The registered ops: opcheck in every layout, with and without gradients, on empties; fakes on permuted inputs."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import SPECS, ids, sample_of
@@ -32,6 +34,18 @@ def test_opcheck(spec, layout, requires_grad):
     for needs in ([True] * n_in, [i == 0 for i in range(n_in)], [i == n_in - 1 for i in range(n_in)]):
         backward = testing.raw_backward(spec, results, arguments, needs)
         assert set(opcheck(spec.op.bwd, backward, test_utils=OPCHECK).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])  # opcheck cannot copy a sliced one
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_opcheck_of_no_samples(spec, layout):
+    sample = next(s for s in spec.samples() if not s.large)
+    empty = dataclasses.replace(sample, tensors={k: t[:0] for k, t in sample.tensors.items()})
+    arguments = raw_arguments(spec, empty, torch.float32, layout, True)
+    assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}
+    results = [r.detach() for r in spec.op.fwd(*arguments)]
+    backward = testing.raw_backward(spec, results, arguments, [True] * len(sample.tensors))
+    assert set(opcheck(spec.op.bwd, backward, test_utils=OPCHECK).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=ids)

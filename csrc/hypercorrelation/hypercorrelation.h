@@ -165,11 +165,11 @@ inline A scale_of(A norm, A weight, const Args& a) {
   return weight / (a.add ? norm + A(a.eps) : norm > A(a.eps) || norm != norm ? norm : A(a.eps));
 }
 
-// What multiplies (x . D) x in the gradient: w^2 m / |m x|.
+// What multiplies w (x . D) x in the gradient: w m / |m x|. w^2 would leave the range of A for a short vector.
 template <class A>
 inline A curvature_of(A norm, A weight, A scale, const Args& a) {
   if (norm == 0 || (!a.add && norm <= A(a.eps))) return 0;
-  return scale * scale * (weight / norm);
+  return scale * (weight / norm);
 }
 
 template <class A>
@@ -369,7 +369,7 @@ void pack_operands(const Args& a, int64_t begin, int64_t end) {
 }
 
 // The gradient of x from D, the gradient of the normalised vectors (channels, stride), for L pixels:
-// w D - (w^2 m / |m x|) (x . D) x with w = scale_of(...). 0 where w is 0, whatever x and D hold.
+// w D - (w m / |m x|) w (x . D) x with w = scale_of(...). 0 where w is 0, whatever x and D hold.
 template <class T, class A>
 inline void finish_gradient(const Args& a, const Operand& x, int64_t b, int64_t n, int64_t pixels, const A* sums,
                             int64_t stride) {
@@ -394,7 +394,7 @@ inline void finish_gradient(const Args& a, const Operand& x, int64_t b, int64_t 
     for (int64_t k = 0; k < channels; ++k) part += block[k] * load(sums + (c + k) * stride);
     total += part;
   }
-  const vec<A> slope = f * total;
+  const vec<A> slope = f * (w * total);
   const int64_t out_row = x.channels_last ? a.channels : x.pixels;
   T* to = static_cast<T*>(x.gradient) + b * a.channels * x.pixels + (x.channels_last ? n * a.channels : n);
   for (int64_t c = 0; c < a.channels; c += L) {

@@ -627,7 +627,7 @@ void grad_prototypes(const CosineArgs& args, int64_t begin, int64_t end) {
     const Normalisation normal(prototype_norm(w, args.channels), args.eps, args.add);
     double dot = 0;
     for (int64_t c = 0; c < args.channels; ++c) dot += total[size_t(c)] * double(widen<A>(w[c]));
-    dot *= normal.slope * normal.inverse;
+    dot = dot * normal.inverse * normal.slope;  // in this order: the product of both may overflow
     for (int64_t c = 0; c < args.channels; ++c) {
       out[c] = narrow<T>(A(total[size_t(c)] * normal.inverse - dot * double(widen<A>(w[c]))));
     }

@@ -103,7 +103,7 @@ def _grad_normalised(g: Tensor, x: Tensor, n: Tensor, eps: float, eps_mode: str)
     safe = torch.where(n == 0, 1.0, n)
     denominator = n + eps if eps_mode == "add" else torch.where(n <= eps, eps, n)
     denominator = torch.where(n == 0, 1.0, denominator)
-    along = x * (x * g).sum(1, keepdim=True) / (safe * denominator * denominator)
+    along = x / safe * ((x / denominator * g).sum(1, keepdim=True) / denominator)  # no product of norms: it may be 0
     if eps_mode == "clamp":
         along = torch.where(n <= eps, 0.0, along)
     return torch.where(n == 0, 0.0, g / denominator - along)

@@ -163,7 +163,7 @@ def finish_kernel(
     x_ptr, norms_ptr, weights_ptr, sums_ptr, out_ptr, eps, C, N,
     WEIGHTED: tl.constexpr, LAST: tl.constexpr, ADD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = scale D - curvature (x . D) x, the gradient to x. Program: BLOCK_N pixels of a sample, all channels."""
+    """out = scale D - curvature scale (x . D) x, the gradient to x. Program: BLOCK_N pixels of a sample."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(1).to(tl.int64)
     here = n < N
@@ -171,7 +171,7 @@ def finish_kernel(
     norm = tl.load(norms_ptr + b * N + n, mask=here, other=0)
     scale = _scale(norm, weight, eps, ADD)
     live = here & (scale != 0)
-    curvature = scale * scale * (weight / tl.where(norm == 0, 1.0, norm))
+    curvature = scale * (weight / tl.where(norm == 0, 1.0, norm))
     if not ADD:
         curvature = tl.where(norm <= eps, 0.0, curvature)
     along = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -180,7 +180,7 @@ def finish_kernel(
         inside = (c < C)[:, None] & live[None, :]
         x = tl.load(_at(x_ptr, b, c[:, None], n[None, :], C, N, LAST), mask=inside, other=0).to(tl.float32)
         along += tl.sum(x * tl.load(sums_ptr + (b * C + c)[:, None] * N + n[None, :], mask=inside, other=0), axis=0)
-    slope = curvature * along
+    slope = curvature * (scale * along)  # scale^2 would overflow for a short vector
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         inside = (c < C)[:, None] & live[None, :]
