@@ -21,6 +21,11 @@ namespace fss {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A `str` argument. PyTorch's own conversion to std::string (2.10 ... 2.13) leaks it: pytorch issue 191340.
+struct Text : std::string {
+  using std::string::string;
+};
+
 template <class T>
 struct type_tag {
   using type = T;
@@ -108,3 +113,18 @@ void parallel_tasks(int64_t tasks, int64_t work_per_task, const F& f) {
 }
 
 }  // namespace fss
+
+template <>
+struct torch::stable::detail::ToImpl<fss::Text> {
+  template <class... Rest>
+  static fss::Text call(StableIValue value, Rest...) {
+    const auto handle = to<StringHandle>(value);
+    const char* data = nullptr;
+    size_t length = 0;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    const fss::Text text(data, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};

@@ -252,8 +252,8 @@ Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, co
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dense_cosine_max_fwd(Tensor query, Tensor support, Tensor mask,
-                                                                std::vector<int64_t> windows, std::string masked,
-                                                                double eps, std::string eps_mode) {
+                                                                std::vector<int64_t> windows, Text masked, double eps,
+                                                                Text eps_mode) {
   check_inputs(query, support, mask, eps_mode);
   STD_TORCH_CHECK(masked == "zero" || masked == "exclude", kOp, ": masked must be 'zero' or 'exclude', got '", masked,
                   "'");
@@ -267,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dense_cosine_max_fwd(Tensor query, Te
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_cosine_match_fwd(Tensor query, Tensor support,
                                                                                   Tensor mask, double eps,
-                                                                                  std::string eps_mode) {
+                                                                                  Text eps_mode) {
   check_inputs(query, support, mask, eps_mode);
   const auto results = [&](const Tensor& x, ScalarType dtype) {
     return empty(query, {support.size(0), x.size(2), x.size(3)}, dtype);
@@ -357,9 +357,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Ten
 
 std::tuple<Tensor, Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor query, Tensor support, Tensor mask,
                                                         Tensor index, Tensor query_norm, Tensor support_norm,
-                                                        std::vector<int64_t> windows, std::string, double eps,
-                                                        std::string eps_mode, bool need_query, bool need_support,
-                                                        bool) {
+                                                        std::vector<int64_t> windows, Text, double eps, Text eps_mode,
+                                                        bool need_query, bool need_support, bool) {
   check_inputs(query, support, mask, eps_mode);
   const std::vector<Window> list = check_windows(windows);
   const std::vector<int64_t> shape{support.size(0), int64_t(list.size()), query.size(2), query.size(3)};
@@ -377,8 +376,8 @@ std::tuple<Tensor, Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor quer
 std::tuple<Tensor, Tensor, Tensor> dense_cosine_match_bwd(Tensor grad_query_scores, Tensor grad_support_scores,
                                                           Tensor query, Tensor support, Tensor mask, Tensor query_index,
                                                           Tensor support_index, Tensor query_norm, Tensor support_norm,
-                                                          double eps, std::string eps_mode, bool need_query,
-                                                          bool need_support, bool) {
+                                                          double eps, Text eps_mode, bool need_query, bool need_support,
+                                                          bool) {
   check_inputs(query, support, mask, eps_mode);
   const int64_t nq = query.size(2) * query.size(3), ns = support.size(2) * support.size(3);
   const Tensor grad = torch::stable::contiguous(grad_query_scores), index = torch::stable::contiguous(query_index);

@@ -76,7 +76,7 @@ void in_groups(Args& args, int64_t packed_elements, const Tensor& like, const F&
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers queries, Layers supports, Tensor mask,
-                                                                        double eps, std::string eps_mode, bool clamp) {
+                                                                        double eps, Text eps_mode, bool clamp) {
   check_inputs(queries, supports, mask, eps_mode);
   const Tensor &query = queries[0], &support = supports[0];
   const ScalarType dtype = query.scalar_type(), accumulate = accumulate_dtype(dtype);
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers q
 // Gradients to queries and supports; one that is not asked for comes back with 0 elements, and so does the mask's.
 std::tuple<Layers, Layers, Tensor> hypercorrelation_bwd(Tensor grad, Layers queries, Layers supports, Tensor mask,
                                                         Tensor query_norms, Tensor support_norms, Tensor weights,
-                                                        Tensor signs, double eps, std::string eps_mode, bool clamp,
+                                                        Tensor signs, double eps, Text eps_mode, bool clamp,
                                                         std::vector<bool> need_queries, std::vector<bool> need_supports,
                                                         bool) {
   check_inputs(queries, supports, mask, eps_mode);

@@ -69,8 +69,8 @@ int64_t resize_work(const ResizeArgs& args) {
   return args.transposed ? args.source_height * args.source_width : args.target_height * args.target_width;
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps,
-                                                       std::string resize_name, bool align_corners) {
+std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps, Text resize_name,
+                                                       bool align_corners) {
   check_inputs(features, mask);
   const Resize mode = resize_mode(resize_name, align_corners);
   const ScalarType dtype = features.scalar_type(), accumulate = accumulate_dtype(dtype);
@@ -114,8 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor m
 
 // Gradients to features and mask; one that is not asked for comes back with 0 elements.
 std::tuple<Tensor, Tensor> masked_avg_pool_bwd(Tensor grad, Tensor features, Tensor mask, Tensor resized, Tensor area,
-                                               double eps, std::string resize_name, bool align_corners,
-                                               bool need_features, bool need_mask) {
+                                               double eps, Text resize_name, bool align_corners, bool need_features,
+                                               bool need_mask) {
   check_inputs(features, mask);
   const Resize mode = resize_mode(resize_name, align_corners);
   const ScalarType dtype = features.scalar_type();

@@ -662,8 +662,8 @@ void resize_images(const Tensor& source, const Tensor& target, const Resize& mod
          int64_t(1), outer_each);
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps,
-                                                       std::string resize_name, bool align_corners) {
+std::tuple<Tensor, Tensor, Tensor> masked_avg_pool_fwd(Tensor features, Tensor mask, double eps, Text resize_name,
+                                                       bool align_corners) {
   check_inputs(features, mask);
   check_device(kOp, "features", features, "mask", mask);
   const Resize mode = resize_mode(resize_name, align_corners);
@@ -774,8 +774,8 @@ Tensor grad_weights(Sizes sizes, const Tensor& grad, const Rows& rows, const Ten
 
 // Gradients to features and mask; one that is not asked for comes back with 0 elements.
 std::tuple<Tensor, Tensor> masked_avg_pool_bwd(Tensor grad, Tensor features, Tensor mask, Tensor resized, Tensor area,
-                                               double eps, std::string resize_name, bool align_corners,
-                                               bool need_features, bool need_mask) {
+                                               double eps, Text resize_name, bool align_corners, bool need_features,
+                                               bool need_mask) {
   check_inputs(features, mask);
   check_device(kOp, "features", features, "grad", grad);
   check_device(kOp, "features", features, "mask", mask);

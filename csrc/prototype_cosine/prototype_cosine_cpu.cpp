@@ -54,7 +54,7 @@ void run_tasks(F run, const CosineArgs& args, int64_t tasks, int64_t work) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> prototype_cosine_fwd(Tensor features, Tensor prototypes, double scale, double eps,
-                                                        std::string eps_mode) {
+                                                        Text eps_mode) {
   check_inputs(features, prototypes, eps_mode);
   const ScalarType dtype = features.scalar_type(), accumulate = accumulate_dtype(dtype);
   const int64_t batch = features.size(0), height = features.size(2), width = features.size(3);
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> prototype_cosine_fwd(Tensor features, Tensor 
 
 // Gradients to features and prototypes; one that is not asked for comes back with 0 elements.
 std::tuple<Tensor, Tensor> prototype_cosine_bwd(Tensor grad, Tensor features, Tensor prototypes, Tensor cosines,
-                                                Tensor norms, double scale, double eps, std::string eps_mode,
+                                                Tensor norms, double scale, double eps, Text eps_mode,
                                                 bool need_features, bool need_prototypes) {
   check_inputs(features, prototypes, eps_mode);
   const ScalarType dtype = features.scalar_type(), accumulate = accumulate_dtype(dtype);

@@ -472,7 +472,7 @@ Sizes make_sizes(const Rows& rows, const Tensor& prototypes, double scale, doubl
 int64_t blocks(const Sizes& s) { return s.batch * s.groups * s.pieces * s.tiles; }
 
 std::tuple<Tensor, Tensor, Tensor> prototype_cosine_fwd(Tensor features, Tensor prototypes, double scale, double eps,
-                                                        std::string eps_mode) {
+                                                        Text eps_mode) {
   check_inputs(features, prototypes, eps_mode);
   check_device(kOp, "features", features, "prototypes", prototypes);
   const torch::stable::accelerator::DeviceGuard guard(features.get_device_index());
@@ -535,7 +535,7 @@ void grad_to_prototypes(Sizes sizes, const Rows& rows, const Tensor& weights, co
 
 // Gradients to features and prototypes; one that is not asked for comes back with 0 elements.
 std::tuple<Tensor, Tensor> prototype_cosine_bwd(Tensor grad, Tensor features, Tensor prototypes, Tensor cosines,
-                                                Tensor norms, double scale, double eps, std::string eps_mode,
+                                                Tensor norms, double scale, double eps, Text eps_mode,
                                                 bool need_features, bool need_prototypes) {
   check_inputs(features, prototypes, eps_mode);
   check_device(kOp, "features", features, "grad", grad);

@@ -1,0 +1,141 @@
+"""Memory: a forward call takes what its spec states; calls leave nothing behind, those that raise included."""
+
+import ctypes
+import gc
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import BACKENDS, SAMPLES, SPECS, ids
+
+import fss_kernels
+from benchmarks import measure
+from fss_kernels import testing
+
+COUNTED = 4 << 10  # samples with so much scratch memory: below it, what a tensor's header and alignment take counts
+SLACK = 1280  # 20 small tensors, rounded up to 64 bytes each
+COMPILED = [pytest.param(s, b, id=f"{s.name}-{b}") for s, b in BACKENDS if b != "reference"]
+
+
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")], ids=ids)
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_peak_is_the_stated_scratch_memory(spec, dtype, layout):
+    counted = 0
+    for sample in (s for sp, s in SAMPLES if sp is spec and spec.scratch_bytes(s, dtype) >= COUNTED):
+        tensors = spec.cast(sample, dtype)
+        tensors |= {n: testing.LAYOUTS[layout](tensors[n]) for n in spec.features if n in tensors}
+        results = spec.op.fwd(*spec.arguments(*tensors.values(), **sample.options))[spec.op.outputs :]
+        indices = measure.nbytes(results[: spec.op.returned])  # results as well, which `function` leaves out
+        extra = measure.extra_bytes(lambda t=tensors, o=sample.options: spec.function(*t.values(), **o))
+        assert extra <= 1.05 * spec.scratch_bytes(sample, dtype) + indices + SLACK, sample.id
+        counted += 1
+    assert counted
+
+
+class Heap(ctypes.Structure):
+    """struct mallinfo2 of malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Heap
+
+
+def held() -> tuple[int, int]:
+    """Bytes on the heap, which C++ and PyTorch's allocator share with Python, and tensors that Python sees."""
+    gc.collect()
+    heap = mallinfo2()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of lazy modules that are asked for their class
+        tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    return heap.uordblks + heap.hblkhd, tensors
+
+
+def smallest(spec: testing.Spec) -> tuple[testing.Sample, dict[str, torch.Tensor]]:
+    """The sample with the fewest elements, of those without an empty tensor."""
+
+    def size(sample):
+        counts = [t.numel() for t in sample.tensors.values()]
+        return sum(counts) if all(counts) else float("inf")
+
+    sample = min(spec.samples(), key=size)
+    return sample, spec.cast(sample, torch.float32)
+
+
+def forward(spec: testing.Spec) -> Callable[[], object]:
+    sample, tensors = smallest(spec)
+    return lambda: spec.function(*tensors.values(), **sample.options)
+
+
+def both(spec: testing.Spec) -> Callable[[], object]:
+    sample, tensors = smallest(spec)
+    names = testing.differentiable_names(spec, tensors)
+    return lambda: testing.gradients(spec.function, tensors, sample.options, names)
+
+
+def second(spec: testing.Spec) -> Callable[[], object]:
+    """A graph that holds itself: the gradient's graph, and never freed by a backward pass."""
+    sample, tensors = smallest(spec)
+    names = testing.differentiable_names(spec, tensors)
+
+    def call():
+        leaves = [tensors[n].detach().requires_grad_() for n in names]
+        outputs = spec.function(*{**tensors, **dict(zip(names, leaves, strict=True))}.values(), **sample.options)
+        outputs = [o for o in measure.flat(outputs) if o.is_floating_point()]
+        return torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs], create_graph=True)
+
+    return call
+
+
+def refused(spec: testing.Spec) -> Callable[[], object]:
+    """Bad input, in turn."""
+    function, turn = spec.public or spec.function, 0
+    bad = list(spec.bad_inputs())
+
+    def call():
+        nonlocal turn
+        turn += 1
+        one = bad[turn % len(bad)]
+        with pytest.raises(one.error):
+            function(*one.args, **one.options)
+
+    return call
+
+
+def refused_below(spec: testing.Spec) -> Callable[[], object]:
+    """Gradients of a wrong shape, which only the raw op sees."""
+    sample, tensors = smallest(spec)
+    arguments = spec.arguments(*tensors.values(), **sample.options)
+    wrong = [r.new_zeros(3, 3) for r in spec.op.fwd(*arguments)]
+    backward = testing.raw_backward(spec, wrong, arguments, [True] * len(tensors))
+
+    def call():
+        with pytest.raises((RuntimeError, IndexError)):
+            spec.op.bwd(*backward)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "make, calls",
+    [(forward, 1000), (both, 1000), (refused, 1000), (refused_below, 1000), (second, 200)],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+@pytest.mark.parametrize("spec, backend", COMPILED)
+def test_calls_leave_nothing_behind(spec, backend, make, calls):
+    """The smallest thing that can be lost is a block of 32 bytes in every call."""
+    with fss_kernels.use_backend(backend):
+        call = make(spec)
+        for _ in range(calls // 5):
+            call()
+        before = held()
+        for _ in range(calls):
+            call()
+        after = held()
+    assert after[0] - before[0] < 16 * calls
+    assert after[1] == before[1]
