@@ -99,6 +99,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         chosen = parser.parse_args(arguments)
         name = chosen.subcommand
+        if name == "evaluate" and chosen[name].checkpoint and chosen[name].data is not None:
+            from fss_models import checkpoints
+
+            trained, _ = checkpoints.read_config(checkpoints.resolve(chosen[name].checkpoint))
+            parser.set_defaults({"evaluate.data": trained.data})  # what is not given stays as in the training
+            chosen = parser.parse_args(arguments)
         config = parser.instantiate(chosen)[name]
         config.pop("config", None)
         function, kind = functions[name]

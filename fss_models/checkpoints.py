@@ -30,6 +30,11 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def folder_name(step: int) -> str:
+    """Of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
 def complete(folder: str | Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
     found = []
@@ -64,7 +69,7 @@ def save(folder: str | Path, step: int, model: nn.Module, config: Config, state:
     torch.save(state, temporary / STATE)
     for path in (temporary / WEIGHTS, temporary / STATE, temporary):
         _flush(path)
-    final = folder / f"step-{step:08d}"
+    final = folder / folder_name(step)
     discard(final)
     os.replace(temporary, final)
     _flush(folder)
@@ -100,10 +105,9 @@ def resolve(path: str | Path) -> Path:
     raise CheckpointError(f"{given}: no checkpoint here")
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], Config, int]:
-    """(tensors, configuration, step) of a file that `write_weights` wrote; CheckpointError names the file."""
+def read_config(path: Path) -> tuple[Config, int]:
+    """(configuration, step) of a file that `write_weights` wrote; CheckpointError names the file."""
     try:
-        tensors = load_file(path)
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
@@ -112,10 +116,19 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], Config, int]:
         raise CheckpointError(f"{path}: no configuration inside; it was not written by fss-models train")
     try:
         config = from_dict(json.loads(metadata["config"]), str(path))
-        return tensors, config, int(metadata.get("step", 0))
+        return config, int(metadata.get("step", 0))
     except (ConfigError, ValueError) as error:
         reason = error if isinstance(error, ConfigError) else f"{path}: {error}"
         raise CheckpointError(f"corrupted configuration: {reason}") from None
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], Config, int]:
+    """(tensors, configuration, step) of a file that `write_weights` wrote; CheckpointError names the file."""
+    config, step = read_config(path)
+    try:
+        return load_file(path), config, step
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def read_state(path: Path) -> dict[str, Any]:

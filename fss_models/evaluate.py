@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from fss_models import checkpoints
-from fss_models.config import DataConfig, ModelConfig
+from fss_models.config import Config, DataConfig, ModelConfig
 from fss_models.data.build import class_names, eval_episodes, left_out, protocol_of
-from fss_models.data.episodes import Geometry, collate, denormalise, to_batch
+from fss_models.data.episodes import Geometry, batches, denormalise, to_batch
 from fss_models.data.files import Array, write_bytes, write_png
+from fss_models.data.protocols import Protocol
 from fss_models.errors import ConfigError
 from fss_models.metrics import EpisodeIoU
+from fss_models.model import FewShotModel
 from fss_models.processes import Processes, processes
 from fss_models.train import BadFiles
 
@@ -39,10 +41,12 @@ class EvalConfig:
     Attributes:
         checkpoint: file, checkpoint folder or run folder. Empty: the untrained network of ``model``.
         model: network if there is no checkpoint.
-        data: episodes. None: the checkpoint's, which is what it was trained for.
+        data: episodes. None: the checkpoint's, which is what it was trained for. On the command line and in its file a
+            field that is given changes that of the checkpoint's, and the others stay.
         shots: None: those of ``data``.
         episodes: test episodes a seed. None: the protocol's.
-        seeds: None: the protocol's.
+        seeds: None: the protocol's; for the training classes shifted past the seed of the training, which would draw
+            the training's own episodes again.
         part: ``test``, or ``train``: the training classes.
         scales: the inputs are resized by these factors (to 8n + 1) and the probabilities averaged.
         batch: episodes at once in a process.
@@ -204,16 +208,19 @@ def measure(
     group = group or Processes(0, 1, torch.device("cpu"))
     names = class_names(episodes)
     metric = EpisodeIoU(list(names), names).to(group.device)
-    indices = list(range(group.rank, len(episodes), group.count))  # type: ignore[arg-type]
-    batches = [indices[i : i + batch] for i in range(0, len(indices), batch)]
-    loader = DataLoader(
-        episodes, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=torch.Generator()
-    )
+    total: int = len(episodes)  # type: ignore[arg-type]
+    indices = list(range(group.rank, total, group.count))
+    loaded = batches(episodes, [indices[i : i + batch] for i in range(0, len(indices), batch)], workers=workers)
     bad = BadFiles(bad_limit)
     bad.add([left_out(episodes)], "left out")
     rows: list[Array] = []
-    for items in tqdm(loader, desc=label, unit="batch", disable=None if group.first else True):
-        bad.add(items["bad"])
+    rounds = range(0, total, group.count * batch)  # some processes may have nothing in the last one
+    for _ in tqdm(rounds, desc=label, unit="batch", disable=None if group.first else True):
+        with group.together():
+            items = next(loaded, None)
+            bad.add(items["bad"] if items else [])
+        if items is None:
+            break
         query, support, mask, _ = to_batch(items, group.device)
         chances = probabilities(model, query, support, mask, scales)
         for i, truth in enumerate(items["truth"]):
@@ -224,7 +231,7 @@ def measure(
                 write_png(save / f"{int(items['index'][i])}.png", judged.cpu().numpy().astype(np.uint8) * 255)
             if group.first and len(rows) < pictures:
                 rows.append(row_of({k: items[k][i] for k in ("query", "support", "mask", "target")}, chances[i] > 0.5))
-    return Outcome(metric.compute(), group.union(list(bad.messages)), rows)
+    return Outcome(metric.compute(), bad.share(group), rows)
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
@@ -254,32 +261,30 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         UserError: in one line, anything the user can put right.
     """
     with processes(config.device) as group:
-        if config.checkpoint:
-            model, trained, step = checkpoints.load_model(config.checkpoint)
-            data, described, trained_on = config.data or trained.data, trained.model, dataclasses.asdict(trained.data)
-            if (data.protocol, data.fold) != (trained.data.protocol, trained.data.fold):
-                _log.warning("trained on %s fold %d, evaluated on %s fold %d: classes may not be unseen",
-                             trained.data.protocol, trained.data.fold, data.protocol, data.fold)  # fmt: skip
-        else:
-            torch.manual_seed(config.seed)
-            model, step = checkpoints.build_model(config.model).eval(), 0
-            data, described, trained_on = config.data or DataConfig(), config.model, None
+        with group.together():
+            model, trained, step = _model(config)
+            data = config.data or (trained.data if trained else DataConfig())
+            if config.shots is not None:
+                data = dataclasses.replace(data, shots=config.shots)
+            if data.shots < 1:
+                raise ConfigError(f"shots must be at least 1, got {data.shots}")
+            chosen = protocol_of(data)
+            count = chosen.episodes if config.episodes is None else config.episodes
+            seeds = _seeds(config, chosen, trained)
+            if count < 1 or config.batch < 1 or not seeds or not config.scales:
+                raise ConfigError("episodes and batch must be at least 1, seeds and scales must not be empty")
+        if trained and (data.protocol, data.fold) != (trained.data.protocol, trained.data.fold):
+            _log.warning("trained on %s fold %d, evaluated on %s fold %d: classes may not be unseen",
+                         trained.data.protocol, trained.data.fold, data.protocol, data.fold)  # fmt: skip
         model.to(group.device)
-        if config.shots is not None:
-            data = dataclasses.replace(data, shots=config.shots)
-        if data.shots < 1:
-            raise ConfigError(f"shots must be at least 1, got {data.shots}")
-        chosen = protocol_of(data)
-        count = chosen.episodes if config.episodes is None else config.episodes
-        seeds = list(chosen.seeds) if config.seeds is None else config.seeds
-        if count < 1 or config.batch < 1 or not seeds or not config.scales:
-            raise ConfigError("episodes and batch must be at least 1, seeds and scales must not be empty")
         out = Path(config.out) if config.out else None
         outcomes = {}
         for i, seed in enumerate(seeds):
+            with group.together():
+                episodes = eval_episodes(data, seed, count, config.part)
             outcomes[seed] = measure(
                 model,
-                eval_episodes(data, seed, count, config.part),
+                episodes,
                 group,
                 batch=config.batch,
                 scales=config.scales,
@@ -293,8 +298,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "protocol": {"name": data.protocol, **dataclasses.asdict(chosen), "episodes": count, "seeds": seeds,
                          "scales": list(config.scales), "part": config.part},
             "data": dataclasses.asdict(data),
-            "trained_on": trained_on,
-            "model": dataclasses.asdict(described),
+            "trained_on": dataclasses.asdict(trained.data) if trained else None,
+            "model": dataclasses.asdict(trained.model if trained else config.model),
             "checkpoint": config.checkpoint,
             "step": step,
             "seeds": {str(seed): o.result for seed, o in outcomes.items()},
@@ -308,6 +313,23 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             if rows:
                 grid(rows, out / "grid.png")
     return result
+
+
+def _model(config: EvalConfig) -> tuple[FewShotModel, Config | None, int]:
+    """The network in evaluation mode, the configuration of its training and its step; None, 0: it is untrained."""
+    if config.checkpoint:
+        return checkpoints.load_model(config.checkpoint)
+    torch.manual_seed(config.seed)
+    return checkpoints.build_model(config.model).eval(), None, 0
+
+
+def _seeds(config: EvalConfig, chosen: Protocol, trained: Config | None) -> list[int]:
+    own = trained.seed if trained and config.part == "train" else None
+    if config.seeds is None:
+        return [seed if own is None else own + 1 + seed for seed in chosen.seeds]
+    if own in config.seeds:
+        _log.warning("seed %d is that of the training: it draws the episodes that were trained on", own)
+    return config.seeds
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -19,6 +19,10 @@ from fss_models.model import FewShotModel, check_flags, check_number, check_opti
 class PANet(FewShotModel):
     """Prototype alignment network.
 
+    Prototypes are pooled as in the released code, which upsamples the features without aligned corners. Its scores it
+    upsamples so, too; here they are brought to the image's size with aligned corners, as those of every model. Ignored
+    pixels of the support, which it takes for background, are neither.
+
     Args:
         backbone: a module, see `fss_models.backbones`.
         scale: of the cosines, > 0.

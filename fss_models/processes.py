@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fss_models.errors import ConfigError
+from fss_models.errors import ConfigError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,20 @@ class Processes:
         if self.count > 1:
             dist.all_gather_object(gathered, texts)
         return sorted({text for part in gathered for text in part})
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError of one process in the block is raised in all. Collective at its end, so nothing inside may be."""
+        error: UserError | None = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        if self.total(error is not None):
+            errors = [error] * self.count
+            if self.count > 1:
+                dist.all_gather_object(errors, error)
+            raise next(e for e in errors if e is not None)
 
     def barrier(self) -> None:
         """Waits for all."""

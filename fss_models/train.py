@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
 from fss_models import checkpoints
 from fss_models.config import Config, OptimConfig, to_dict
 from fss_models.data.build import left_out, train_episodes
-from fss_models.data.episodes import collate, to_batch
+from fss_models.data.episodes import batches, to_batch
 from fss_models.data.files import write_bytes
 from fss_models.errors import CheckpointError, ConfigError, DataError, UserError
 from fss_models.model import FewShotModel
@@ -244,13 +244,9 @@ class _Run:
     # ---- training
 
     def _pieces(self) -> Iterator[dict[str, Any]]:
-        workers = self.config.data.workers
         sampler = StepSampler(self.config.optim, self.step, self.group.rank, self.group.count)
-        # a generator of its own: making the iterator must not advance the one that dropout draws from
-        return iter(
-            DataLoader(self.episodes, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
-                       generator=torch.Generator(), pin_memory=self.group.device.type == "cuda")
-        )  # fmt: skip
+        pin_memory = self.group.device.type == "cuda"
+        return batches(self.episodes, sampler, workers=self.config.data.workers, pin_memory=pin_memory)
 
     def _advance(self, module: nn.Module, pieces: Iterator[dict[str, Any]]) -> None:
         """One optimizer step."""
@@ -260,8 +256,9 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for a in range(optim.accumulate):
-            batch = next(pieces)
-            self.bad.add(batch["bad"])
+            with self.group.together():
+                batch = next(pieces)
+                self.bad.add(batch["bad"])
             last = a == optim.accumulate - 1
             alone = isinstance(module, DistributedDataParallel) and not last
             with module.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
@@ -282,6 +279,12 @@ class _Run:
     def train(self) -> Path:
         """Trains to the last step; the last checkpoint."""
         config, group = self.config, self.group
+        steps = [int(step) for step in group.gather(torch.tensor(self.step))]
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{self.folder}: the processes would go on from the steps {', '.join(map(str, steps))}; "
+                "copy the newest checkpoint to every machine, or use a folder that they share"
+            )
         module: nn.Module = _Loss(self.model)
         if group.count > 1:
             ids = [group.device.index] if group.device.type == "cuda" else None
@@ -316,7 +319,7 @@ class _Run:
             log.close()
             if self.bad.messages:
                 _log.warning("%d unusable files were replaced by others", len(self.bad.messages))
-        return checkpoints.complete(self.folder)[-1]
+        return self.folder / checkpoints.folder_name(self.step)
 
 
 def train(config: Config) -> Path:
@@ -331,4 +334,6 @@ def train(config: Config) -> Path:
             infinite.
     """
     with processes(config.device) as group:
-        return _Run(config, group).train()
+        with group.together():
+            run = _Run(config, group)
+        return run.train()

@@ -8,11 +8,12 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from fss_models.data.files import write_bytes, write_png
+from fss_models.data.files import Array, write_bytes, write_png
 from fss_models.errors import DataError
 
 
@@ -32,7 +33,7 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
         How many images, objects and images without objects.
 
     Raises:
-        DataError: a missing or corrupt file, no 80 classes, a name without a split, pycocotools missing.
+        DataError: a missing, corrupt or incomplete file, no 80 classes, a name without a split, pycocotools missing.
     """
     try:
         from pycocotools.coco import COCO
@@ -46,29 +47,55 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(str(path))
         categories = sorted(coco.loadCats(coco.getCatIds()), key=lambda c: c["id"])
+        ids = {category["id"]: i for i, category in enumerate(categories, 1)}
+        names = {i: str(category["name"]) for i, category in enumerate(categories, 1)}
         images = sorted(coco.imgs.values(), key=lambda image: image["file_name"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        broken = _broken(coco, ids)
+    except Exception as error:  # pycocotools raises whatever its parsing ran into
         raise DataError(f"{path}: not a readable COCO annotation file ({type(error).__name__}: {error})") from None
-    if len(categories) != 80:
-        raise DataError(f"{path}: {len(categories)} categories; COCO-20i has 80")
-    ids = {category["id"]: i for i, category in enumerate(categories, 1)}
+    if broken or len(categories) != 80:
+        raise DataError(f"{path}: {broken or f'{len(categories)} categories; COCO-20i has 80'}")
     root, pairs, listed, objects = Path(root), [], [], 0
     for image in tqdm(images, desc=f"label maps of {split}"):
         name = Path(image["file_name"]).stem
-        labels = np.zeros((image["height"], image["width"]), np.uint8)
-        # crowds first, then from large to small: the last one drawn is on top
         found = coco.loadAnns(coco.getAnnIds(imgIds=[image["id"]]))
-        for a in sorted(found, key=lambda a: (not a.get("iscrowd"), -a["area"], a["id"])):
-            labels[coco.annToMask(a).astype(bool)] = ids[a["category_id"]] if crowd or not a.get("iscrowd") else 255
+        try:
+            labels = _label_map(coco, image, found, ids, crowd)
+        except Exception as error:
+            raise DataError(f"{path}: image {image['id']}: {type(error).__name__}: {error}") from None
         objects += len(found)
         write_png(root / "annotations" / split / f"{name}.png", labels)
         pairs.append(f"{split}/{Path(image['file_name']).name} annotations/{split}/{name}.png")
         listed += [f"{split}/{name}__{c:02d}" for c in np.unique(labels) if 0 < c <= 80]
     write_bytes(root / "lists" / f"{split}.txt", "".join(f"{line}\n" for line in pairs).encode())
     write_bytes(root / "splits" / f"{split}.txt", "".join(f"{line}\n" for line in listed).encode())
-    names = {i: category["name"] for i, category in enumerate(categories, 1)}
     write_bytes(root / "annotations" / "names.json", json.dumps(names, indent=1).encode())
     return {"images": len(images), "objects": objects, "empty": len(images) - len({p.split("__")[0] for p in listed})}
+
+
+def _broken(coco: Any, ids: dict[int, int]) -> str:
+    """What the annotations lack; empty: nothing. Before the first label map is written."""
+    if not coco.imgs or not coco.anns:
+        return f"no {'annotations' if coco.imgs else 'images'}"
+    for image in coco.imgs.values():
+        if not image["height"] > 0 or not image["width"] > 0:
+            return f"image {image['id']} has no size"
+    for a in coco.anns.values():
+        if a["image_id"] not in coco.imgs or a["category_id"] not in ids:
+            return f"annotation {a['id']} is of an unknown image or category"
+        if not a["segmentation"] or not a["area"] >= 0:
+            return f"annotation {a['id']} has no region"
+    return ""
+
+
+def _label_map(
+    coco: Any, image: dict[str, Any], found: list[dict[str, Any]], ids: dict[int, int], crowd: bool
+) -> Array:
+    """Ids 1 ... 80 of an image's objects: crowds first, then from large to small; the last one drawn is on top."""
+    labels = np.zeros((image["height"], image["width"]), np.uint8)
+    for a in sorted(found, key=lambda a: (not a.get("iscrowd"), -a["area"], a["id"])):
+        labels[coco.annToMask(a).astype(bool)] = ids[a["category_id"]] if crowd or not a.get("iscrowd") else 255
+    return labels
 
 
 @dataclasses.dataclass

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fss_models.data.files import Array
 from fss_models.data.sources import Item, Source
-from fss_models.errors import DataError
+from fss_models.errors import DataError, UserError
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -98,7 +98,7 @@ class Episodes(Dataset):
         self.source, self.shots, self.size, self.seed, self.length = source, shots, size, seed, length
         self.order, self.how, self.truth, self.augment = order, how, truth, augment
         self.class_ids = sorted(source.classes)
-        self.queries = source.pairs()
+        self.queries = [(item, (c,)) for item, c in source.listed] if order == "entries" else source.pairs()
 
     def __len__(self) -> int:
         return self.length
@@ -106,16 +106,15 @@ class Episodes(Dataset):
     def draw(self, index: int, attempt: int = 0) -> tuple[int, list[Item], np.random.Generator]:
         """Class, the query's item then those of the support, and the generator to go on with."""
         rng = np.random.default_rng([self.seed, index, attempt])
-        if self.order == "images" and self.augment is None:
-            query, present = self.queries[(index + attempt) % len(self.queries)]
-            class_id = int(rng.choice(present))
-        elif self.order == "images":
-            query, present = self.queries[int(rng.integers(len(self.queries)))]
-            class_id = int(rng.choice(present))
-        else:
+        if self.order == "classes":
             class_id = int(rng.choice(self.class_ids))
             items = self.source.classes[class_id]
             query = items[int(rng.integers(len(items)))]
+        else:
+            number = len(self.queries)
+            cycled = self.order != "drawn" and self.augment is None
+            query, present = self.queries[(index + attempt) % number if cycled else int(rng.integers(number))]
+            class_id = int(rng.choice(present))
         items = self.source.classes[class_id]
         drawn = (items[int(i)] for i in rng.choice(len(items), self.shots + 1, replace=False))
         return class_id, [query, *[item for item in drawn if item != query][: self.shots]], rng
@@ -166,6 +165,47 @@ def collate(episodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in ("class_id", "index"):
         batch[key] = torch.tensor(batch[key])
     return batch
+
+
+class _Caught(Dataset):
+    """The items of a data set, or the error in place of one: a worker's would arrive with its traceback in the text."""
+
+    def __init__(self, episodes: Dataset) -> None:
+        self.episodes = episodes
+
+    def __getitem__(self, index: int) -> dict[str, Any] | UserError:
+        try:
+            return self.episodes[index]
+        except UserError as error:
+            return error
+
+
+def _collate_caught(items: Sequence[Any]) -> dict[str, Any] | UserError:
+    errors = [item for item in items if isinstance(item, UserError)]
+    return errors[0] if errors else collate(items)
+
+
+def batches(
+    episodes: Dataset, indices: Iterable[list[int]], *, workers: int = 0, pin_memory: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Batches as `collate` makes them.
+
+    Args:
+        episodes: of `Episodes` or `GlyphEpisodes`.
+        indices: those of each batch.
+        workers: processes that load; 0: this one.
+        pin_memory: of the tensors.
+
+    Raises:
+        UserError: as reading an episode, in whichever process that was.
+    """
+    # a generator of its own: making the iterator must not advance the one that dropout draws from
+    loader = DataLoader(_Caught(episodes), batch_sampler=indices, num_workers=workers, collate_fn=_collate_caught,
+                        generator=torch.Generator(), pin_memory=pin_memory)  # fmt: skip
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def to_batch(batch: dict[str, Any], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ class Source:
     Attributes:
         root: folder the items are relative to.
         classes: id to the images that hold the class, in the order of the list.
+        listed: every image with each of its classes, in the order of the list.
         names: id to name.
         read_label: (path, class) to (H, W) uint8 of 0, 1, 255.
         where: the list or folder all this comes from, for messages.
@@ -47,6 +48,7 @@ class Source:
 
     root: Path
     classes: dict[int, tuple[Item, ...]]
+    listed: tuple[tuple[Item, int], ...]
     names: dict[int, str]
     read_label: Callable[[Path, int], Array]
     where: str
@@ -68,10 +70,9 @@ class Source:
     def pairs(self) -> list[tuple[Item, tuple[int, ...]]]:
         """Every image once with its classes, in the order of the list."""
         result: dict[Item, list[int]] = {}
-        for c, items in self.classes.items():
-            for item in items:
-                result.setdefault(item, []).append(c)
-        return [(item, tuple(classes)) for item, classes in sorted(result.items(), key=lambda pair: pair[0].image)]
+        for item, c in self.listed:
+            result.setdefault(item, []).append(c)
+        return [(item, tuple(sorted(classes))) for item, classes in result.items()]
 
     def read(self, item: Item, class_id: int) -> tuple[Array, Array]:
         """(image (H, W, 3), label (H, W) of 0, 1, 255); DataError with the path for anything unusable."""
@@ -230,12 +231,13 @@ def labelled_source(
     else:
         raise DataError(f"unknown kind of data set {kind!r}; there are pascal and coco")
     entries = [entry for file in files for entry in read_list(file, folder, image, label)]
-    wanted, unwanted = sorted(set(classes)), set(without)
+    unwanted = set(without)
     bad: list[str] = []
     areas: dict[Item, dict[int, int]] = {}
     if min_area or unwanted or any(c is None for _, c in entries):
         areas, bad = _areas((item for item, _ in entries), folder, count, files[0], Path(cache) if cache else None)
-    found: dict[int, dict[Item, None]] = {c: {} for c in wanted}
+    by_class: dict[int, list[Item]] = {c: [] for c in sorted(set(classes))}
+    found: dict[tuple[Item, int], None] = {}
     broken = set() if not areas and not bad else {item for item, _ in entries} - set(areas)
     for item, listed in entries:
         if item in broken:
@@ -244,10 +246,12 @@ def labelled_source(
         if present is not None and unwanted & set(present):
             continue
         for c in (listed,) if listed is not None else sorted(present or {}):
-            if c in found and (present is None or not min_area or present.get(c, 0) >= min_area):
-                found[c][item] = None
-    by_class = {c: tuple(items) for c, items in found.items()}
-    return Source(folder, by_class, names, _OneClass(count), where, tuple(bad))
+            if c in by_class and (present is None or not min_area or present.get(c, 0) >= min_area):
+                found[item, c] = None
+    for item, c in found:
+        by_class[c].append(item)
+    frozen = {c: tuple(items) for c, items in by_class.items()}
+    return Source(folder, frozen, tuple(found), names, _OneClass(count), where, tuple(bad))
 
 
 def _coco(name: str) -> str:
@@ -272,6 +276,7 @@ def fss_source(root: str | Path, list_file: str | Path) -> Source:
     ids = {path.name: i for i, path in enumerate(sorted(p for p in folder.iterdir() if p.is_dir()), 1)}
     classes: dict[int, tuple[Item, ...]] = {}
     names: dict[int, str] = {}
+    listed: dict[tuple[Item, int], None] = {}
     for number, name in enumerate(_lines(Path(list_file)), 1):
         path = inside(folder, name, f"{list_file}:{number}")
         if path.name not in ids or path.parent != folder:
@@ -279,4 +284,5 @@ def fss_source(root: str | Path, list_file: str | Path) -> Source:
         images = sorted(path.glob("*.jpg"), key=lambda p: (len(p.name), p.name))
         items = tuple(Item(f"{name}/{p.name}", f"{name}/{p.stem}.png") for p in images)
         classes[ids[name]], names[ids[name]] = items, name
-    return Source(folder, classes, names, _fss_label, str(list_file))
+        listed |= dict.fromkeys((item, ids[name]) for item in items)
+    return Source(folder, classes, tuple(listed), names, _fss_label, str(list_file))

@@ -136,11 +136,19 @@ def test_hsnet() -> None:
         close(got, torch.stack(expected, 1))
 
 
-def test_vat(data: dict[str, Tensor]) -> None:
-    query, support, mask = data["signed_query"], data["signed"][:, 0], data["mask"][:, 0]
-    masked = support * bilinear(mask, support)
-    resized = [F.interpolate(x, (9, 9), mode="bilinear", align_corners=True) for x in (query, masked)]
-    close(RECIPES["vat_correlation"](query, support, mask, 9), hsnet_layer(*resized))
+def test_vat() -> None:
+    g = torch.Generator().manual_seed(2)
+    mask = torch.rand(2, 33, 33, generator=g, dtype=torch.float64)
+    levels, sides = (1, 2, 1), (9, 6, 5)
+    each = (9, 6, 6, 5)
+    queries, supports = ([torch.randn(2, 8, 7, 7, generator=g, dtype=torch.float64) for _ in each] for _ in range(2))
+    layers = []
+    for query, support, side in zip(queries, supports, each, strict=True):  # resize_feats, then mask_feature
+        q, s = (F.interpolate(x, (side, side), mode="bilinear", align_corners=True) for x in (query, support))
+        layers.append(hsnet_layer(q, s * bilinear(mask, s)))
+    pyramid = RECIPES["vat_correlation"](queries, supports, mask, levels, sides)
+    for got, expected in zip(pyramid, (layers[:1], layers[1:3], layers[3:]), strict=True):
+        close(got, torch.stack(expected, 1))
 
 
 def test_ssp(data: dict[str, Tensor]) -> None:
@@ -181,11 +189,16 @@ def test_bam(data: dict[str, Tensor]) -> None:
         unit = x.flatten(2) / (x.flatten(2).norm(dim=2, keepdim=True) + 1e-7)
         return unit @ unit.mT
 
-    distance = torch.stack([(gram(query) - gram(support[:, s])).flatten(1).norm(dim=1) for s in range(3)], 1)
-    weights = (-distance).softmax(1)
+    distance = torch.stack([(gram(query) - gram(support[:, s])).flatten(1).norm(dim=1) / 16 for s in range(3)], 1)
+    learned = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU(), torch.nn.Linear(2, 3)).double()  # kshot_rw
+    sorted_distance, order = distance.sort(1)
+    weights = learned(sorted_distance).gather(1, order.argsort(1)).softmax(1).detach()
+    assert (weights - 1 / 3).abs().max() > 0.01
     each = torch.stack([released_prior(query, support[:, s], mask[:, s]) for s in range(3)], 1)
     expected = (each * weights[..., None, None]).sum(1, keepdim=True)
     close(RECIPES["bam_prior"](query, support, mask, weights), expected)
+    pooled = torch.stack([weighted_gap(support[:, s], mask[:, s]) for s in range(3)], 1)
+    close(RECIPES["bam_prototype"](support, mask, weights), (pooled * weights[..., None]).sum(1))
 
 
 def test_cyctr(data: dict[str, Tensor]) -> None:
@@ -198,19 +211,25 @@ def test_cyctr(data: dict[str, Tensor]) -> None:
     expected = (labels == labels.gather(1, back)).view(mask.shape)
     assert 0 < expected.sum() < expected.numel()
     assert torch.equal(RECIPES["cyctr_consistent"](query, support, mask), expected)
+    q, k, v = (x.flatten(2).unflatten(1, (2, 8)).mT for x in (query, support, support + 1))  # two heads
+    dropped = ~expected.flatten(1)[:, None].expand(-1, 2, -1)
+    attention = (q @ k.mT / 8**0.5 + dropped[:, :, None] * -10000.0).softmax(-1)
+    close(RECIPES["cyctr_attention"](q, k, v, dropped), attention @ v)
 
 
 def test_msanet(data: dict[str, Tensor]) -> None:
-    query, support, mask = data["signed_query"], data["signed"][:, 0], data["mask"][:, 0]
-    expected = []
-    for q, s, m in zip(query, support, bilinear(mask, support), strict=True):  # the ragged gather
-        m = m[0]
-        kept = m >= m[m > 0].mean()
-        tokens = (s * m)[:, kept]
-        tokens = tokens / (tokens.norm(dim=0, keepdim=True) + 1e-5)
-        unit = q.flatten(1) / (q.flatten(1).norm(dim=0, keepdim=True) + 1e-5)
-        expected.append((unit.T @ tokens).clamp(min=0).mean(1).view(q.shape[1:]))
-    close(RECIPES["msanet_similarity"](query, support, mask), torch.stack(expected))
+    query, support, mask = data["signed_query"], data["signed"][:, 0], data["mask"][:, 0].clone()
+    for empty in (False, True):
+        if empty:
+            mask[1] = 0
+        expected = []
+        for q, s, m in zip(query, support, bilinear(mask, support), strict=True):  # the ragged gather
+            m = m[0]
+            tokens = (s * m)[:, m >= m[m > 0].mean()] if m.any() else s.new_zeros(16, 1)
+            tokens = tokens / (tokens.norm(dim=0, keepdim=True) + 1e-5)
+            unit = q.flatten(1) / (q.flatten(1).norm(dim=0, keepdim=True) + 1e-5)
+            expected.append((unit.T @ tokens).clamp(min=0).mean(1).view(q.shape[1:]))
+        close(RECIPES["msanet_similarity"](query, support, mask), torch.stack(expected))
 
 
 @pytest.mark.parametrize("window", [(5, 5), (7, 1), (1, 7)])
@@ -225,8 +244,40 @@ def test_symnet(data: dict[str, Tensor], window: tuple[int, int]) -> None:
     close(min_max(got.flatten(1)), min_max(scores.flatten(1)), 1e-5)
 
 
+def test_symnet_hypercorrelation(data: dict[str, Tensor]) -> None:
+    query, support, mask = data["signed_query"], data["signed"][:, 0], data["mask"][:, 0].clone()
+    for empty in (False, True):
+        if empty:
+            mask[1] = 0
+        expected = []
+        for q, s, m in zip(query, support, bilinear(mask, support), strict=True):  # the ragged gather
+            tokens = s[:, m[0] == 1] if (m == 1).any() else s.new_zeros(16, 1)
+            tokens = tokens / (tokens.norm(dim=0, keepdim=True) + 1e-5)
+            unit = q.flatten(1) / (q.flatten(1).norm(dim=0, keepdim=True) + 1e-5)
+            expected.append((unit.T @ tokens).clamp(min=0).mean(1).view(q.shape[1:]))
+        close(RECIPES["symnet_similarity"](query, support, mask), torch.stack(expected))
+
+
+def test_symnet_prototypes(data: dict[str, Tensor]) -> None:
+    query = data["signed_query"]
+    prior = torch.rand(2, 7, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    prior[1] = 0.56 + 0.1 * prior[1]  # neither high nor in doubt nor low
+    expected = []
+    for q, p in zip(query.flatten(2), prior.flatten(1), strict=True):  # the loop over samples
+        order = p.sort().indices
+        rows = []
+        for chosen, twelve in (
+            (p > 0.7, order[-12:]), ((p > 0.4) & (p < 0.55), order[21 - 6 : 21 + 6]), (p < 0.4, order[:12]),
+        ):  # fmt: skip
+            rows.append(q[:, chosen].mean(1) if chosen.any() else q[:, twelve].mean(1))
+        expected.append(torch.stack(rows))
+    close(RECIPES["symnet_prototypes"](query, prior), torch.stack(expected))
+
+
 def test_hdmnet(data: dict[str, Tensor]) -> None:
-    query, support, mask = data["query"], data["support"][:, 0], data["mask"][:, 0]
-    nearest = F.interpolate(mask[:, None], support.shape[-2:], mode="nearest")
-    expected = 10 * cosines(query, support * nearest).amax(1).view(2, 7, 6)
-    close(RECIPES["hdmnet_prior"](query, support, mask), expected)
+    query, support, mask = data["query"], data["support"], data["mask"]
+    each = []
+    for s in range(3):
+        nearest = F.interpolate(mask[:, s, None], support.shape[-2:], mode="nearest")
+        each.append(cosines(query, support[:, s] * nearest).amax(1).view(2, 1, 7, 6))
+    close(RECIPES["hdmnet_prior"](query, support, mask), torch.stack(each).mean(0))
