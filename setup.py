@@ -49,7 +49,7 @@ def arguments() -> dict:
     if not skipped and not sources("cuda.cu"):
         skipped["_fss_cuda.so"] = "no CUDA kernels in this version"
     elif not skipped and torch.version.cuda is None:
-        skipped["_fss_cuda.so"] = "PyTorch was built without CUDA"
+        skipped["_fss_cuda.so"] = "built with a PyTorch without CUDA"
     elif request == "cpu":
         skipped["_fss_cuda.so"] = "left out by FSS_KERNELS_BUILD=cpu"
     if request == "cuda" and "_fss_cuda.so" in skipped:
