@@ -56,6 +56,7 @@ fuzz: .venv/installed
 # Every number of the README: ops, networks, host, glyph networks (hours: what has a result is not trained again).
 bench: .venv/installed .venv/native
 	$(PY) -m benchmarks run
+	$(PY) -m benchmarks run --sweep --rounds 4
 	$(PY) -m benchmarks.models
 	$(PY) -m benchmarks overhead
 	$(PY) -m benchmarks.glyphs run

@@ -38,6 +38,7 @@ def run(
     repeats: int = 3,
     seed: int = 0,
     device: str = "cpu",
+    sweep: bool = False,
 ) -> int:
     """Measures ops against their peers and writes a JSON file for every folder of ops.
 
@@ -52,6 +53,7 @@ def run(
         rounds: rounds in which every provider has a turn
         repeats: timed calls in a turn
         seed: of the order of turns
+        sweep: sizes along one axis at a time, for plots, in benchmarks/results/sweeps
         device: cpu, or cuda: the stages core and peers of benchmarks.gpu, for all ops
     """
     if device == "cuda":
@@ -74,12 +76,13 @@ def run(
     named = tuple(sorted({name for kind, _, name in metrics if kind == "peer"} - {"fastest"}))
     groups: dict[Path, list[str]] = {}
     for op in ops or known:
-        path = Path(out) if out else RESULTS / f"{environment.machine_slug()}-{known[op].op.folder or op}.json"
+        folder = RESULTS / "sweeps" if sweep else RESULTS
+        path = Path(out) if out else folder / f"{environment.machine_slug()}-{known[op].op.folder or op}.json"
         groups.setdefault(path, []).append(op)
     codes = []
     for path, members in groups.items():
         chosen = (tuple(names) for names in (members, dtypes, sizes, exclude))
-        plan = measure.Plan(*chosen, quick, tiny, named, rounds, repeats, seed, threads)
+        plan = measure.Plan(*chosen, quick, sweep, tiny, named, rounds, repeats, seed, threads)
         codes.append(_finish(_measured(plan), path))
     return max(codes)
 
@@ -326,7 +329,8 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
     experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg()} if rows else None
     table = {"header": costs.header(), "rows": costs.cells(host)} if host else None
     results = json.loads(Path(file).read_text())
-    environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table))
+    sweeps = [json.loads(p.read_text()) for p in sorted((RESULTS / "sweeps").glob("*.json"))]
+    environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table, sweeps))
     _say(f"report -> {out}")
     return 0
 

@@ -6,6 +6,7 @@ The timing itself is pytest-benchmark's (``suite/``); nothing here depends on py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import gc
 import json
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import ceilings, peers
+from benchmarks import ceilings, peers, sweeps
 from fss_kernels import testing
 from fss_kernels.testing import Sample, Spec
 
@@ -50,6 +51,7 @@ class Plan:
     sizes: tuple[str, ...] = ()  # shell patterns of labels, and classes S, M, L; empty: all
     exclude: tuple[str, ...] = ()  # shell patterns of peers to leave out
     quick: bool = False
+    sweep: bool = False  # the sizes of `sweeps`, and its peers
     tiny: bool = False  # every number of a size becomes its square root
     named: tuple[str, ...] = ()  # peers that a bound names: they never sit out
     rounds: int = 10  # interleaved visits of every provider
@@ -98,6 +100,18 @@ def selected(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
+def benchmark_sample(spec: Spec, arguments: Mapping[str, Any]) -> Sample:
+    """The sample of a size; with ``foreground``, its mask keeps that share of the image, and a second mask the rest."""
+    sample = spec.benchmark_sample(**{k: v for k, v in arguments.items() if k != "foreground"})
+    if "foreground" not in arguments:
+        return sample
+    mask = sample.tensors["mask"]
+    maps = sweeps.disc(mask.shape[:-2].numel(), mask.shape[-1], arguments["foreground"]).view_as(mask)
+    if spec.name == "masked_avg_pool" and mask.shape[1] == 2:
+        maps = torch.stack([maps[:, 0], 1 - maps[:, 0]], 1)
+    return dataclasses.replace(sample, tensors={**sample.tensors, "mask": maps.to(mask.dtype)})
+
+
 def size_class(cost: testing.Cost) -> str:
     """S, M or L."""
     return next(c for c, (size, flops) in CLASSES.items() if cost.bytes <= size and cost.flops <= flops)
@@ -110,14 +124,15 @@ def rows(plan: Plan) -> list[Row]:
     patterns = [p for p in plan.sizes if p not in CLASSES]
     for op in plan.ops:
         spec = testing.specs()[op]
-        for size in selected(spec.sizes, patterns or ("*",)):
-            arguments = dict(spec.sizes[size])
+        sizes = sweeps.sizes(op) if plan.sweep else spec.sizes
+        for size in selected(sizes, patterns or ("*",)):
+            arguments = dict(sizes[size])
             modes = arguments.pop("modes", MODES)
             if plan.tiny:
                 arguments = {k: math.isqrt(v) + 1 if isinstance(v, int) else v for k, v in arguments.items()}
             for dtype in plan.dtypes:
                 if classes:
-                    cost = spec.cost(spec.benchmark_sample(**arguments), getattr(torch, dtype), "forward")
+                    cost = spec.cost(benchmark_sample(spec, arguments), getattr(torch, dtype), "forward")
                     if size_class(cost) not in classes:
                         continue
                 result += [Row(op, size, dtype, mode, arguments) for mode in modes]
@@ -250,7 +265,7 @@ class Prepared:
         self.turn = 0
         spec, dtype = self.spec, getattr(torch, row.dtype)
         torch._dynamo.reset()
-        sample = spec.benchmark_sample(**row.arguments)
+        sample = benchmark_sample(spec, row.arguments)
         self.options = sample.options
         first = spec.cast(sample, dtype)
         self.wanted = spec.gradients_of(row.mode, first)
@@ -384,7 +399,11 @@ class Session:
         self.plan = plan
         resolved = {op: peers.resolve(op) for op in plan.ops}
         self.usable = {
-            op: [p for p in usable if p.name not in selected([p.name], plan.exclude)]
+            op: [
+                p
+                for p in usable
+                if p.name not in selected([p.name], plan.exclude) and (not plan.sweep or p.name in sweeps.PEERS[op])
+            ]
             for op, (usable, _) in resolved.items()
         }
         self.peers = [record for _, records in resolved.values() for record in records]

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,53 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
+    """Time, and peak extra memory, along an axis, both logarithmic, every provider and the roof; inline SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points: dict[str, list[tuple[float, float | None, float | None]]] = {}
+    for row in rows:
+        value = float(row["size"].removeprefix(f"{axis}="))
+        for e in row["entries"]:
+            if e["seconds"]:
+                megabytes = (e["extra_bytes"] or 0) / 1e6 or None
+                points.setdefault(e["provider"], []).append((value, e["seconds"]["median"] * 1e3, megabytes))
+        if row["floor"]:
+            points.setdefault("roof", []).append((value, row["floor"] * 1e3, None))
+    style = {OURS: {"color": "#c2410c", "linewidth": 2.5}, "roof": {"color": "#15803d", "ls": "--"}}
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": rows[0]["title"] + axis, "font.size": 9}):
+        figure, panels = plt.subplots(2, 1, figsize=(4.4, 6.4), layout="constrained", sharex=True)
+        for part, (axes, unit) in enumerate(zip(panels, ("ms", "extra MB"), strict=True), 1):
+            for name, values in sorted(points.items()):
+                xy = [(v[0], v[part]) for v in sorted(values) if v[part] is not None]
+                if xy:
+                    label = name if part == 1 else None
+                    axes.plot(*zip(*xy, strict=True), marker="o", markersize=4, label=label, **style.get(name, {}))
+            axes.set(xscale="log", yscale="log", ylabel=unit)
+            axes.spines[["top", "right"]].set_visible(False)
+        ticks = sorted({v[0] for values in points.values() for v in values})
+        panels[1].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+        panels[1].minorticks_off()
+        panels[1].set_xlabel(axis)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def sweep_plots(results: dict[str, Any]) -> dict[str, str]:
+    """Title -> SVG for every op and axis of a sweep."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in tables(results):
+        if row["ours"]["seconds"]:
+            groups.setdefault((row["op"], row["size"].partition("=")[0]), []).append(row)
+    return {f"{op} against {axis}": _sweep(rows, axis) for (op, axis), rows in groups.items()}
+
+
 def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of one op, dtype and mode, by title."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -128,6 +176,8 @@ def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def plots(results: dict[str, Any]) -> dict[str, str]:
     """File name without suffix -> SVG, of every row and of time against size."""
     rows = tables(results)
+    if results["plan"].get("sweep"):
+        return {title.replace(" ", "-"): svg for title, svg in sweep_plots(results).items()}
     named = {row["title"]: _plot(row) for row in rows}
     named |= {f"scaling {title}": _scaling(members) for title, members in _groups(rows).items()}
     return {re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"): svg for title, svg in named.items() if svg}
@@ -138,6 +188,7 @@ def render(
     demo: Path | None = None,
     glyphs: dict[str, Any] | None = None,
     overhead: dict[str, Any] | None = None,
+    sweeps: Iterable[dict[str, Any]] = (),
 ) -> str:
     """One self-contained HTML page.
 
@@ -146,6 +197,7 @@ def render(
         demo: the folder that `fss-models demo` wrote, for its scores and pictures.
         glyphs: ``header``, ``rows`` and ``curves`` of the glyph experiment.
         overhead: ``header`` and ``rows`` of what a call costs the host.
+        sweeps: result files of sweeps, whose plots come with the time against size.
     """
     rows = [{**row, "plot": _plot(row)} for row in tables(results)]
     scaling = {title: _scaling(members) for title, members in _groups(rows).items()}
@@ -155,7 +207,8 @@ def render(
         pictures = base64.b64encode((demo / "grid.png").read_bytes()).decode()
     template = _templates().get_template("report.html.j2")
     return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures,
-                           glyphs=glyphs, overhead=overhead)  # fmt: skip
+                           glyphs=glyphs, overhead=overhead,
+                           sweeps={k: v for s in sweeps for k, v in sweep_plots(s).items()})  # fmt: skip
 
 
 def readme_section(files: list[dict[str, Any]], glyphs: str = "", overhead: str = "") -> str:

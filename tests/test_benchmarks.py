@@ -13,7 +13,20 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import ceilings, compare, environment, gate, glyphs, measure, models, overhead, peers, report, targets
+from benchmarks import (
+    ceilings,
+    compare,
+    environment,
+    gate,
+    glyphs,
+    measure,
+    models,
+    overhead,
+    peers,
+    report,
+    sweeps,
+    targets,
+)
 from fss_kernels import testing
 
 OPS = tuple(testing.specs())
@@ -185,6 +198,43 @@ def test_plot_writes_every_row(results, tmp_path):
     written = sorted(out.glob("*.svg"))
     assert len(written) == len(ROWS) + len({(r.op, r.dtype, r.mode) for r in ROWS})
     assert all(measure.OURS in p.read_text() for p in written)
+
+
+def test_sweeps_vary_one_number(tmp_path):
+    """Every axis of every op has sizes that differ from the base in it (and its image); the plots show them all."""
+    for op in OPS:
+        sizes = sweeps.sizes(op)
+        assert set(sweeps.PEERS[op]) <= {p.name for p in peers.registry[op]}
+        for label, arguments in sizes.items():
+            axis, _, value = label.partition("=")
+            other = {k: v for k, v in arguments.items() if k not in (axis, "modes", "image")}
+            assert arguments[axis] == float(value) and arguments["modes"] == ("forward",)
+            assert other.items() <= sweeps.BASE[op].items()
+    masks = sweeps.disc(3, 40, 0.1)
+    assert masks.sum((1, 2)).tolist() == [160.0] * 3 and set(masks.unique().tolist()) == {0.0, 1.0}
+    assert sweeps.disc(1, 5, 1.0).all()
+    entries = []
+    plan = measure.Plan(("masked_avg_pool",), sweep=True, tiny=True, sizes=("foreground=0.1", "batch=*"))
+    for row in measure.rows(plan):
+        prepared = measure.Prepared(row, [])
+        entries += measure.summarise(prepared, fake_samples(prepared))[0]
+    assert [r.size for r in measure.rows(plan)] == [*(f"batch={n}" for n in (1, 2, 4, 8, 20)), "foreground=0.1"]
+    found = {"rows": entries, "peers": [], "plan": dataclasses.asdict(plan)}
+    environment.write_json(tmp_path / "sweep.json", found)
+    assert command.main(["plot", str(tmp_path / "sweep.json"), "--out", str(tmp_path)]) == 0
+    names = {"masked_avg_pool-against-batch", "masked_avg_pool-against-foreground"}
+    assert {p.stem for p in tmp_path.glob("*.svg")} == names
+    assert "fss_kernels" in (tmp_path / "masked_avg_pool-against-batch.svg").read_text()
+    html = report.render({**environment.environment(), **found, "failures": [], "notes": [],
+                          "ceilings": {"before": {}, "after": {}}}, sweeps=[found])  # fmt: skip
+    assert "masked_avg_pool against foreground" in html
+
+
+def test_the_share_of_foreground_is_that_of_the_mask():
+    spec, arguments = testing.specs()["masked_avg_pool"], {**sweeps.BASE["masked_avg_pool"], "foreground": 0.25}
+    mask = measure.benchmark_sample(spec, {**arguments, "channels": 1}).tensors["mask"]
+    assert mask[:, 0].mean().item() == pytest.approx(0.25, rel=1e-3)
+    assert torch.equal(mask.sum(1), torch.ones(4, 473, 473).to(mask.dtype))
 
 
 def test_the_gate_fails_a_kernel_that_is_slowed_down():
