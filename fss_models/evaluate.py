@@ -39,7 +39,8 @@ class EvalConfig:
     Attributes:
         checkpoint: file, checkpoint folder or run folder. Empty: the untrained network of ``model``.
         model: network if there is no checkpoint.
-        data: episodes. None: the checkpoint's, which is what it was trained for.
+        data: episodes. None: the checkpoint's, which is what it was trained for, but for its ``cache``.
+        cache: folder for areas of classes. Empty: that of ``data``; a checkpoint names no place to write to.
         shots: None: those of ``data``.
         episodes: test episodes a seed. None: the protocol's.
         seeds: None: the protocol's.
@@ -56,6 +57,7 @@ class EvalConfig:
     checkpoint: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig | None = None
+    cache: str = ""
     shots: int | None = None
     episodes: int | None = None
     seeds: list[int] | None = None
@@ -256,7 +258,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     with processes(config.device) as group:
         if config.checkpoint:
             model, trained, step = checkpoints.load_model(config.checkpoint)
-            data, described, trained_on = config.data or trained.data, trained.model, dataclasses.asdict(trained.data)
+            described, trained_on = trained.model, dataclasses.asdict(trained.data)
+            data = config.data or dataclasses.replace(trained.data, cache="")
             if (data.protocol, data.fold) != (trained.data.protocol, trained.data.fold):
                 _log.warning("trained on %s fold %d, evaluated on %s fold %d: classes may not be unseen",
                              trained.data.protocol, trained.data.fold, data.protocol, data.fold)  # fmt: skip
@@ -265,6 +268,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             model, step = checkpoints.build_model(config.model).eval(), 0
             data, described, trained_on = config.data or DataConfig(), config.model, None
         model.to(group.device)
+        if config.cache:
+            data = dataclasses.replace(data, cache=config.cache)
         if config.shots is not None:
             data = dataclasses.replace(data, shots=config.shots)
         if data.shots < 1:

@@ -8,12 +8,27 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from fss_models.data.files import write_bytes, write_png
 from fss_models.errors import DataError
+
+_LARGEST = 1e5  # pixels: pycocotools allocates by coordinates, and crashes on those that are not finite
+
+
+def _is_drawable(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
+    """Whether pycocotools can draw an annotation without reading or writing outside of its memory."""
+    size, drawn = [image["height"], image["width"]], annotation["segmentation"]
+    if isinstance(drawn, dict):
+        counts = drawn["counts"]
+        known = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+        return drawn["size"] == size and (isinstance(counts, str) or (known and sum(counts) == size[0] * size[1]))
+    polygons = [p for p in drawn if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    numbers = [v for p in polygons for v in p]
+    return 0 < len(polygons) == len(drawn) and all(type(v) in (int, float) and abs(v) <= _LARGEST for v in numbers)
 
 
 def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = False) -> dict[str, int]:
@@ -47,7 +62,15 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
             coco = COCO(str(path))
         categories = sorted(coco.loadCats(coco.getCatIds()), key=lambda c: c["id"])
         images = sorted(coco.imgs.values(), key=lambda image: image["file_name"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        for i in images:
+            if not re.fullmatch(r"\w[\w.-]{0,199}", Path(i["file_name"]).stem):
+                raise ValueError(f"image {i['id']} has the file name {i['file_name'][:80]!r}")
+            if not all(type(n) is int and 0 < n <= _LARGEST for n in (i["height"], i["width"])):
+                raise ValueError(f"image {i['id']} is {i['height']} x {i['width']}")
+        for a in coco.anns.values():
+            if not (_is_drawable(a, coco.imgs[a["image_id"]]) and a["area"] >= 0 and a["category_id"] in coco.cats):
+                raise ValueError(f"annotation {a['id']} cannot be drawn")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise DataError(f"{path}: not a readable COCO annotation file ({type(error).__name__}: {error})") from None
     if len(categories) != 80:
         raise DataError(f"{path}: {len(categories)} categories; COCO-20i has 80")
@@ -59,7 +82,11 @@ def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = Fal
         # crowds first, then from large to small: the last one drawn is on top
         found = coco.loadAnns(coco.getAnnIds(imgIds=[image["id"]]))
         for a in sorted(found, key=lambda a: (not a.get("iscrowd"), -a["area"], a["id"])):
-            labels[coco.annToMask(a).astype(bool)] = ids[a["category_id"]] if crowd or not a.get("iscrowd") else 255
+            try:
+                drawn = coco.annToMask(a).astype(bool)
+            except ValueError as error:  # of compressed regions
+                raise DataError(f"{path}: annotation {a['id']} cannot be drawn ({error})") from None
+            labels[drawn] = ids[a["category_id"]] if crowd or not a.get("iscrowd") else 255
         objects += len(found)
         write_png(root / "annotations" / split / f"{name}.png", labels)
         pairs.append(f"{split}/{Path(image['file_name']).name} annotations/{split}/{name}.png")
