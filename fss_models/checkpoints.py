@@ -165,8 +165,12 @@ def load_model(path: str | Path) -> tuple[FewShotModel, Config, int]:
     file = resolve(path)
     tensors, config, step = read_weights(file)
     described = dataclasses.replace(config.model, weights="")
-    with torch.device("meta"):  # shapes only: no more memory is taken than the file has weights for
-        check_fit(build_model(described), tensors, file, described)
+    try:
+        with torch.device("meta"):  # shapes only: no more memory is taken than the file has weights for
+            shapes = build_model(described)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    check_fit(shapes, tensors, file, described)
     model = build_model(described)
     fill(model, tensors, file, config.model)
     return model.eval(), config, step
