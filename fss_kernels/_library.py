@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -68,6 +70,25 @@ if importlib.util.find_spec("triton") is None:
     unavailable["triton"] = "Triton is not installed"
 elif not TRITON_INTERPRETED and not torch.cuda.is_available():
     unavailable["triton"] = "PyTorch sees no GPU; TRITON_INTERPRET=1 runs the kernels on the CPU, very slowly"
+
+
+def missing(backend: str) -> str | None:
+    """Why a backend cannot run here, or None. Triton's driver is asked for when something first wants Triton."""
+    if backend == "triton" and backend not in unavailable and (reason := _triton_fault()) is not None:
+        unavailable[backend] = reason
+    return unavailable.get(backend)
+
+
+@functools.cache
+def _triton_fault() -> str | None:
+    try:
+        triton = importlib.import_module("triton")
+        if not TRITON_INTERPRETED:
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # no libcuda, no compiler, another version of something: whatever the driver raises
+        lines = str(error).splitlines() or [""]
+        return f"Triton does not work here: {type(error).__name__}: {lines[0]}"
+    return None
 
 
 @dataclass
@@ -160,8 +181,8 @@ class Op:
 
     def why_not(self, backend: str, device: str, dtype: torch.dtype | None = None) -> str | None:
         """Why ``backend`` cannot run this op on ``device`` (with features of ``dtype``), or None when it can."""
-        if backend in unavailable:
-            return unavailable[backend]
+        if (reason := missing(backend)) is not None:
+            return reason
         implementation = self.backends.get(backend)
         if implementation is None:
             return f"no {backend} kernel for {self.name} in this version"
@@ -226,8 +247,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     if name is not None:
         if name not in BACKENDS:
             raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-        if name in unavailable:
-            raise RuntimeError(f"use_backend: backend {name!r} is not available: {unavailable[name]}")
+        if (reason := missing(name)) is not None:
+            raise RuntimeError(f"use_backend: backend {name!r} is not available: {reason}")
     token = _forced.set(name)
     try:
         yield

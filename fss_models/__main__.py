@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -70,6 +71,26 @@ def _commands() -> dict[str, tuple[Callable[[Any], int], Any]]:
     }
 
 
+def _load(text: str) -> Any:
+    """YAML of plain values. jsonargparse would import what a ``class_path`` names, and make one."""
+    import yaml
+    from jsonargparse import get_loader
+
+    value = get_loader("yaml")(text)
+    seen: set[int] = set()
+    rest = [value]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, (dict, list)):
+            if id(part) in seen:
+                raise yaml.YAMLError("aliases are not accepted")
+            seen.add(id(part))
+            if isinstance(part, dict) and "class_path" in part:
+                raise yaml.YAMLError("class_path is not accepted")
+            rest += part.values() if isinstance(part, dict) else part
+    return value
+
+
 def _config_file(arguments: list[str]) -> str:
     """What ``--config`` names, for messages that do not."""
     for i, argument in enumerate(arguments):
@@ -83,16 +104,19 @@ def _config_file(arguments: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point: every command is a dataclass, from YAML (``--config``) and the command line. The exit code."""
     try:
-        from jsonargparse import ArgumentError, ArgumentParser
+        import yaml
+        from jsonargparse import ArgumentError, ArgumentParser, set_loader
     except ImportError:
         print("fss-models needs jsonargparse: pip install 'fss-kernels[models]'", file=sys.stderr)
         return 2
     logging.basicConfig(format="%(levelname)s %(message)s")
     functions = _commands()
-    parser = ArgumentParser(prog="fss-models", description=__doc__, exit_on_error=False)
+    set_loader("plain", _load, (yaml.YAMLError,))
+    options: dict[str, Any] = {"exit_on_error": False, "parser_mode": "plain"}
+    parser = ArgumentParser(prog="fss-models", description=__doc__, **options)
     subcommands = parser.add_subcommands()
     for name, (_, kind) in functions.items():
-        command = ArgumentParser(description=(kind.__doc__ or "").partition("\n")[0], exit_on_error=False)
+        command = ArgumentParser(description=(kind.__doc__ or "").partition("\n")[0], **options)
         command.add_argument("--config", action="config", help="YAML file of these options")
         command.add_class_arguments(kind, as_group=False)
         subcommands.add_subcommand(name, command)
@@ -103,16 +127,17 @@ def main(arguments: list[str] | None = None) -> int:
             from fss_models import checkpoints
 
             trained, _ = checkpoints.read_config(checkpoints.resolve(chosen[name].checkpoint))
-            parser.set_defaults({"evaluate.data": trained.data})  # what is not given stays as in the training
+            # what is not given stays as in the training
+            parser.set_defaults({"evaluate.data": dataclasses.replace(trained.data, cache="")})
             chosen = parser.parse_args(arguments)
         config = parser.instantiate(chosen)[name]
         config.pop("config", None)
         function, kind = functions[name]
         return function(kind(**config.as_dict()) if not isinstance(config, kind) else config)
-    except (ArgumentError, UserError) as error:
+    except (ArgumentError, UserError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         given = _config_file(sys.argv[1:] if arguments is None else arguments)
-        if isinstance(error, ArgumentError) and given and given not in text:
+        if not isinstance(error, UserError) and given and given not in text:
             text = f"{given}: {text}"
         print(f"fss-models: {text}", file=sys.stderr)
         return 2

@@ -117,7 +117,7 @@ def read_config(path: Path) -> tuple[Config, int]:
     try:
         config = from_dict(json.loads(metadata["config"]), str(path))
         return config, int(metadata.get("step", 0))
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, ValueError, RecursionError) as error:
         reason = error if isinstance(error, ConfigError) else f"{path}: {error}"
         raise CheckpointError(f"corrupted configuration: {reason}") from None
 
@@ -137,13 +137,13 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises what its readers raise: RuntimeError, EOFError, UnpicklingError ...
         raise CheckpointError(f"{path}: not a readable state ({type(error).__name__})") from None
-    if not isinstance(state, dict) or "step" not in state:
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
         raise CheckpointError(f"{path}: not the state of a training run")
     return state
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], where: Path, described: ModelConfig) -> None:
-    """Loads weights into a model; CheckpointError if they are those of another architecture."""
+def check_fit(model: nn.Module, tensors: dict[str, Tensor], where: Path, described: ModelConfig) -> None:
+    """CheckpointError for weights of another architecture."""
     own = model.state_dict()
     name = f"{described.name} with {described.backbone}"
     for kind, keys in (("lacks", own.keys() - tensors.keys()), ("has the foreign", tensors.keys() - own.keys())):
@@ -153,6 +153,11 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], where: Path, described: M
         if value.shape != tensors[key].shape:
             shapes = f"{tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
             raise CheckpointError(f"{where}: not a checkpoint of {name}: {key} is {shapes}")
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], where: Path, described: ModelConfig) -> None:
+    """Loads weights into a model; CheckpointError if they are those of another architecture."""
+    check_fit(model, tensors, where, described)
     model.load_state_dict(tensors)
 
 
@@ -162,7 +167,7 @@ def build_model(config: ModelConfig) -> FewShotModel:
 
     try:
         return fss_models.build(config.name, backbone=config.backbone, weights=config.weights or None, **config.options)
-    except (ValueError, TypeError, OSError) as error:
+    except Exception as error:  # options of a wrong kind or size: whatever the layers raise
         raise ConfigError(f"model {config.name}: {' '.join(str(error).split())}") from None
 
 
@@ -172,6 +177,13 @@ def load_model(path: str | Path) -> tuple[FewShotModel, Config, int]:
 
     file = resolve(path)
     tensors, config, step = read_weights(file)
-    model = build_model(dataclasses.replace(config.model, weights=""))
+    described = dataclasses.replace(config.model, weights="")
+    try:
+        with torch.device("meta"):  # shapes only: no more memory is taken than the file has weights for
+            shapes = build_model(described)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    check_fit(shapes, tensors, file, described)
+    model = build_model(described)
     fill(model, tensors, file, config.model)
     return model.eval(), config, step

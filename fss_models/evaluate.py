@@ -41,8 +41,9 @@ class EvalConfig:
     Attributes:
         checkpoint: file, checkpoint folder or run folder. Empty: the untrained network of ``model``.
         model: network if there is no checkpoint.
-        data: episodes. None: the checkpoint's, which is what it was trained for. On the command line and in its file a
-            field that is given changes that of the checkpoint's, and the others stay.
+        data: episodes. None: the checkpoint's, which is what it was trained for, but for its ``cache``. On the command
+            line and in its file a field that is given changes that of the checkpoint's, and the others stay.
+        cache: folder for areas of classes. Empty: that of ``data``; a checkpoint names no place to write to.
         shots: None: those of ``data``.
         episodes: test episodes a seed. None: the protocol's.
         seeds: None: the protocol's; for the training classes shifted past the seed of the training, which would draw
@@ -60,6 +61,7 @@ class EvalConfig:
     checkpoint: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig | None = None
+    cache: str = ""
     shots: int | None = None
     episodes: int | None = None
     seeds: list[int] | None = None
@@ -263,7 +265,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     with processes(config.device) as group:
         with group.together():
             model, trained, step = _model(config)
-            data = config.data or (trained.data if trained else DataConfig())
+            data = config.data or (dataclasses.replace(trained.data, cache="") if trained else DataConfig())
+            if config.cache:
+                data = dataclasses.replace(data, cache=config.cache)
             if config.shots is not None:
                 data = dataclasses.replace(data, shots=config.shots)
             if data.shots < 1:

@@ -85,8 +85,7 @@ def predict(config: PredictConfig) -> tuple[Path, Path]:
         asked, shown, masked = (t.to(group.device) for t in inputs)
         chances = probabilities(model, asked, shown, masked, config.scales)[0]
         found = (at_truth(chances, geometry, geometry.original) > config.threshold).cpu().numpy().astype(np.uint8)
-    stem = Path(config.out, Path(config.query).stem)
-    paths = stem.with_name(f"{stem.name}_mask.png"), stem.with_name(f"{stem.name}_overlay.png")
+    paths = tuple(Path(config.out, f"{Path(config.query).stem}_{what}.png") for what in ("mask", "overlay"))
     write_png(paths[0], found * 255)
     write_png(paths[1], overlay(image, found))
-    return paths
+    return paths[0], paths[1]

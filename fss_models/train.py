@@ -229,9 +229,10 @@ class _Run:
             else:
                 _log.warning("%s: made by %d processes, now %d: random numbers differ", checkpoint, len(states[0]),
                              self.group.count)  # fmt: skip
-            self.losses, self.skipped_in_a_row = list(state["losses"]), state["skipped_in_a_row"]
+            self.losses = [float(loss) for loss in state["losses"]]
+            self.skipped_in_a_row = int(state["skipped_in_a_row"])
             self.bad = BadFiles(self.config.data.bad_limit, state["bad_files"])
-        except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
+        except (KeyError, ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{checkpoint}: the state does not fit this run ({error})") from None
         self.step = step
 

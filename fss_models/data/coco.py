@@ -16,6 +16,20 @@ from tqdm.auto import tqdm
 from fss_models.data.files import Array, write_bytes, write_png
 from fss_models.errors import DataError
 
+_LARGEST = 1e5  # pixels: pycocotools allocates by coordinates, and crashes on those that are not finite
+
+
+def _is_drawable(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
+    """Whether pycocotools can draw an annotation without reading or writing outside of its memory."""
+    size, drawn = [image["height"], image["width"]], annotation["segmentation"]
+    if isinstance(drawn, dict):
+        counts = drawn["counts"]
+        known = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+        return drawn["size"] == size and (isinstance(counts, str) or (known and sum(counts) == size[0] * size[1]))
+    polygons = [p for p in drawn if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    numbers = [v for p in polygons for v in p]
+    return 0 < len(polygons) == len(drawn) and all(type(v) in (int, float) and abs(v) <= _LARGEST for v in numbers)
+
 
 def prepare_coco(annotations: str | Path, root: str | Path, *, crowd: bool = False) -> dict[str, int]:
     """Writes annotations/<split>/<image>.png (ids 1 ... 80 in the order of COCO's own ids), names and lists.
@@ -78,13 +92,17 @@ def _broken(coco: Any, ids: dict[int, int]) -> str:
     if not coco.imgs or not coco.anns:
         return f"no {'annotations' if coco.imgs else 'images'}"
     for image in coco.imgs.values():
-        if not image["height"] > 0 or not image["width"] > 0:
-            return f"image {image['id']} has no size"
+        if not re.fullmatch(r"\w[\w.-]{0,199}", Path(image["file_name"]).stem):
+            return f"image {image['id']} has the file name {image['file_name'][:80]!r}"
+        if not all(type(n) is int and 0 < n <= _LARGEST for n in (image["height"], image["width"])):
+            return f"image {image['id']} is {image['height']} x {image['width']}"
     for a in coco.anns.values():
         if a["image_id"] not in coco.imgs or a["category_id"] not in ids:
             return f"annotation {a['id']} is of an unknown image or category"
         if not a["segmentation"] or not a["area"] >= 0:
             return f"annotation {a['id']} has no region"
+        if not _is_drawable(a, coco.imgs[a["image_id"]]):
+            return f"annotation {a['id']} cannot be drawn"
     return ""
 
 

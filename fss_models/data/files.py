@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from fss_models.errors import DataError
 
 Array = npt.NDArray[np.uint8]
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow would hand EPS to Ghostscript, a program
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
@@ -25,7 +26,7 @@ def inside(root: Path, relative: str, where: str) -> Path:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=_FORMATS)
         image.load()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

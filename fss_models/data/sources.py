@@ -17,7 +17,7 @@ from fss_models.data.files import Array, inside, read_class_labels, read_image, 
 from fss_models.errors import DataError
 
 _log = logging.getLogger(__name__)
-_SPLIT_LINE = re.compile(r"(?P<name>\S+?)__(?P<id>\d+)$")
+_SPLIT_LINE = re.compile(r"(?P<name>\S+?)__(?P<id>\d{1,9})$")
 PASCAL_NAMES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep"
     " sofa train tvmonitor"
