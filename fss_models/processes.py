@@ -99,6 +99,8 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
     try:
         yield Processes(dist.get_rank(), count, kind)
+        if started:
+            dist.barrier()  # none leaves while another still talks to it
     finally:
         if started:
             dist.destroy_process_group()
