@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from test_metrics import slow
 from torch import nn
 
 from fss_models.__main__ import main
-from fss_models.config import DataConfig
+from fss_models.config import DataConfig, ModelConfig
 from fss_models.data import PROTOCOLS, GlyphEpisodes
 from fss_models.data.build import eval_episodes
 from fss_models.data.coco import prepare_coco
@@ -163,6 +164,16 @@ def test_same_in_two_processes(tmp_path: Path) -> None:
     assert main(["evaluate", *options, "--out", str(tmp_path / "one")]) == 0
     one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
     assert one["seeds"] == two["seeds"] and two["environment"]["processes"] == 2
+
+
+def test_same_seed_same_scores() -> None:
+    """Twice, with one thread and with two; another seed draws other episodes."""
+    base = EvalConfig(data=DataConfig("glyphs", size=33), model=ModelConfig("panet"), episodes=6, device="cpu")
+    found = []
+    for threads, seed in ((1, 0), (1, 0), (2, 0), (1, 5)):
+        torch.set_num_threads(threads)
+        found.append(evaluate(dataclasses.replace(base, seeds=[seed]))["seeds"][str(seed)])
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def test_training_classes_and_other_shots() -> None:

@@ -127,17 +127,42 @@ def test_killed_three_times_and_resumed_gives_the_same_bits(tmp_path: Path) -> N
     assert logs[0] == logs[1] and [int(s) for s, _ in logs[0]] == list(range(1, 9))
 
 
+_TRAINER = """
+import json, sys
+from fss_models.config import from_dict
+from fss_models.train import train
+for path in sys.argv[1:]:
+    train(from_dict(json.load(open(path)), path))
+"""
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    one, two = config(tmp_path / "one", steps=3), config(tmp_path / "two", steps=3)
-    (tmp_path / "two.json").write_text(json.dumps(to_dict(two)))
+    """Up to rounding; two processes and two processes, to the bit."""
+    (tmp_path / "run.py").write_text(_TRAINER)
+    for name in ("two", "again"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config(tmp_path / name, steps=3))))
+    one = config(tmp_path / "one", steps=3)
     train(one)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fss_models", "train"]
-    done = launch([*command, "--config", str(tmp_path / "two.json")], tmp_path)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py", "two.json", "again.json"]
+    done = launch(command, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "again"))
     start = checkpoints.build_model(one.model)
     moved = max((v - start.state_dict()[k]).abs().max() for k, v in weights(tmp_path / "one").items())
     assert moved > 1e-3
     assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
+
+
+def test_same_seed_same_numbers(tmp_path: Path) -> None:
+    """The same bits for a number of threads; another number rounds differently, another seed is another run."""
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for name in ("a", "b"):
+            train(config(tmp_path / f"{name}{threads}", NOISY, steps=2))
+        assert_equal(weights(tmp_path / f"a{threads}"), weights(tmp_path / f"b{threads}"))
+    assert_equal(weights(tmp_path / "a1"), weights(tmp_path / "a2"), 1e-5)
+    train(dataclasses.replace(config(tmp_path / "c", NOISY, steps=2), seed=1))
+    assert max((v - weights(tmp_path / "c")[k]).abs().max() for k, v in weights(tmp_path / "a1").items()) > 1e-3
 
 
 def test_options_in_tuples_resume(tmp_path: Path) -> None:
