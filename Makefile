@@ -1,4 +1,4 @@
-# Verbs: demo, test, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
+# Verbs: demo, test, fuzz, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
 # lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test fuzz bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -75,7 +76,8 @@ class Processes:
 
 @contextlib.contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
-    """The process group of torchrun's environment: NCCL on GPUs, gloo on CPUs; one process without it.
+    """The process group of torchrun's environment, until the program ends: NCCL on GPUs, gloo on CPUs; one process
+    without it.
 
     Raises:
         ConfigError: a device that this machine does not have.
@@ -94,13 +96,12 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if kind.type == "cuda":
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
-    started = not dist.is_initialized()
-    if started:
+    if not dist.is_initialized():  # for good: in torchrun's store a second group would wait for ever
         dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), count, kind)
-        if started:
-            dist.barrier()  # none leaves while another still talks to it
-    finally:
-        if started:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    yield Processes(dist.get_rank(), count, kind)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -12,7 +12,14 @@ import torch
 from fss_kernels import _library, testing
 
 # What a machine may lack; a skip for any other reason is a failure.
-MISSING = ("no GPU", "no second GPU", "no GPU with 40 GB of free memory", "no nvcc", "no AVX512-BF16")
+MISSING = (
+    "no GPU",
+    "no second GPU",
+    "no GPU with 40 GB of free memory",
+    "no 8 GB of free memory",
+    "no nvcc",
+    "no AVX512-BF16",
+)
 FUZZ_MINIMUM = 500  # examples of every op in one round of `make fuzz`
 # Two kinds of process: the interpreter's tests run under TRITON_INTERPRET=1, everything else without it.
 collect_ignore = [] if _library.TRITON_INTERPRETED else ["interpreted"]

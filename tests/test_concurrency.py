@@ -96,10 +96,11 @@ class Calls(Dataset):
         return results(i % len(CHOSEN))
 
 
-@pytest.mark.parametrize("context", ["fork", "forkserver"])
-def test_workers_of_a_data_loader(wanted, context):
-    loader = DataLoader(Calls(), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=120)
-    for i, found in enumerate(loader):
+FORKED = {"batch_size": None, "num_workers": 2, "multiprocessing_context": "fork", "timeout": 120}
+
+
+def test_workers_of_a_data_loader(wanted):
+    for i, found in enumerate(DataLoader(Calls(), **FORKED)):
         assert_same(found, wanted, i % len(CHOSEN))
     assert_same(results(0), wanted, 0)  # and the parent goes on
 
@@ -118,7 +119,7 @@ def test_threads_while_a_loader_forks(wanted):
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run)
         try:
-            for i, found in enumerate(DataLoader(Calls(), batch_size=None, num_workers=2, timeout=120)):
+            for i, found in enumerate(DataLoader(Calls(), **FORKED)):
                 assert_same(found, wanted, i % len(CHOSEN))
         finally:
             stop.set()

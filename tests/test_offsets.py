@@ -1,9 +1,13 @@
-"""Offsets past 2^31 elements, by strides over untouched memory and by one real result of that size."""
+"""Offsets past 2^31 elements, by strides over untouched memory and by real inputs and results of that size."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 import fss_kernels
+from fss_kernels import testing
 
 LARGE = 2**31 + 64
 
@@ -44,6 +48,86 @@ def test_mask_strides_past_2_31():
     mask.copy_(values)
     x = torch.randn(2, 3, 6, 7)
     assert torch.equal(fss_kernels.masked_avg_pool(x, mask), fss_kernels.masked_avg_pool(x, values))
+
+
+# op -> shapes of its tensors; a mask and the shots come last
+SHAPES = {
+    "masked_avg_pool": ((2, 3, 4, 3), (2, 2, 4, 3)),
+    "dynamic_conv2d": ((2, 3, 4, 3), (2, 3, 3, 3), (2, 3, 1, 3)),
+    "prototype_cosine": ((2, 3, 4, 3), (2, 2, 3)),
+    "hypercorrelation": ((2, 3, 4, 3), (2, 3, 3, 4), (2, 4, 3)),
+    "dense_cosine_max": ((2, 3, 4, 3), (2, 2, 3, 3, 4), (2, 2, 4, 3)),
+    "dense_cosine_match": ((2, 3, 4, 3), (2, 2, 3, 3, 4), (2, 2, 4, 3)),
+}
+
+
+def far(values, dimension):
+    """The same values with a stride past 2^31 in one dimension; the memory between is never touched."""
+    rest = [n for i, n in enumerate(values.shape) if i != dimension]
+    strides = list(torch.empty(rest, device="meta").stride())
+    strides.insert(dimension, LARGE)
+    span = sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True)) + 1
+    return torch.empty(span, dtype=values.dtype).as_strided(values.shape, strides).copy_(values)
+
+
+@pytest.mark.parametrize(
+    "name, position, dimension",
+    [
+        (n, i, d)
+        for n, shapes in SHAPES.items()
+        for i, shape in enumerate(shapes)
+        for d in range(len(shape))
+        if shape[d] > 1
+    ],
+)
+def test_strides_past_2_31_of_every_op(name, position, dimension):
+    """Outputs and gradients are those of the same values close together."""
+    spec, generator = testing.specs()[name], torch.Generator().manual_seed(position)
+    tensors = [torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES[name]]
+    if name not in ("dynamic_conv2d", "prototype_cosine"):
+        tensors[-1] = (tensors[-1] > 0).to(torch.uint8)
+    moved = [far(t, dimension) if i == position else t for i, t in enumerate(tensors)]
+    results = []
+    for values in (tensors, moved):
+        named = {str(i): t for i, t in enumerate(values)}
+        wanted = [n for n, t in named.items() if t.is_floating_point()]
+        results.append(testing.gradients(spec.function, named, {}, wanted))
+    for near, distant in zip(*map(sum, results, ([], [])), strict=True):
+        assert torch.equal(near, distant)
+
+
+def test_every_op_has_shapes():
+    assert SHAPES.keys() == testing.specs().keys()
+
+
+def test_features_of_more_than_2_31_elements():
+    """Read from memory that the system gives out as zeros: only the last channels and the last pixels take any."""
+    height, width = 256, 256
+    channels = 2**31 // (height * width) + 2
+    x = torch.from_numpy(np.zeros(channels * height * width, np.int16)).view(torch.bfloat16)
+    x = x.view(1, channels, height, width)
+    generator = torch.Generator().manual_seed(0)
+    x[0, -3:] = torch.randn(3, height, width, generator=generator)
+    mask = torch.rand(1, 1, height, width, generator=generator)
+    pooled = fss_kernels.masked_avg_pool(x, mask, eps=0.0)
+    wanted = (x[0, -3:].double() * mask[0].double()).sum((1, 2)) / mask.double().sum()
+    torch.testing.assert_close(pooled[0, 0, -3:].double(), wanted, rtol=8e-3, atol=1e-6)
+    assert not pooled[0, 0, :-3].any()
+
+
+def test_correlation_of_more_than_2_31_elements():
+    """The natural result of that size: the last query pixels with every support pixel."""
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    if int(memory["MemAvailable"].split()[0]) < 8 << 20:
+        pytest.skip("no 8 GB of free memory")
+    side = 216
+    assert side**4 > 2**31
+    query, support = torch.randn(2, 1, 2, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
+    out = fss_kernels.hypercorrelation(query, support, eps=0.0).flatten(3).flatten(1, 2)[0]
+    units = [torch.nn.functional.normalize(t.double().flatten(2)[0], dim=0) for t in (query, support)]
+    for pixel in (0, side**2 // 2, side**2 - 1):
+        wanted = (units[0][:, pixel] @ units[1]).clamp(min=0)
+        torch.testing.assert_close(out[pixel].double(), wanted, rtol=8e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

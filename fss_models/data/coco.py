@@ -95,7 +95,7 @@ def _broken(coco: Any, ids: dict[int, int]) -> str:
         if not re.fullmatch(r"\w[\w.-]{0,199}", Path(image["file_name"]).stem):
             return f"image {image['id']} has the file name {image['file_name'][:80]!r}"
         if not all(type(n) is int and 0 < n <= _LARGEST for n in (image["height"], image["width"])):
-            return f"image {image['id']} is {image['height']} x {image['width']}"
+            return f"image {image['id']} has the size {image['height']} x {image['width']}"
     for a in coco.anns.values():
         if a["image_id"] not in coco.imgs or a["category_id"] not in ids:
             return f"annotation {a['id']} is of an unknown image or category"

@@ -192,7 +192,7 @@ def test_a_checkpoint_names_no_place_to_write(tmp_path: Path) -> None:
     ("model: !!python/name:os.mkdir", "could not determine a constructor"),
     ("model: {options: {x: {class_path: test_untrusted.Evil, init_args: {path: SENTINEL}}}}", "class_path"),
     ("model: {class_path: test_untrusted.Evil, init_args: {path: SENTINEL}}", "class_path"),
-    ("model: {class_path: makes_a_folder}", "class_path"),
+    ("model: {class_path: makes_a_folder.It}", "class_path"),
     ("data: FOLDER/part.yaml", "class_path"),
     ("model: {options: &a {x: *a}}", "aliases"),
     ("model: {options: {x: " + "[" * 5000 + "]" * 5000 + "}}", "nesting depth"),
@@ -211,7 +211,7 @@ def test_configuration_files(
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "makes_a_folder.py").write_text(f"import os; os.mkdir({str(sentinel)!r})")
-    (tmp_path / "part.yaml").write_text("class_path: makes_a_folder\n")
+    (tmp_path / "part.yaml").write_text("class_path: makes_a_folder.It\n")
     path = tmp_path / "config.yaml"
     path.write_text(text.replace("SENTINEL", str(sentinel)).replace("FOLDER", str(tmp_path)))
     arguments = ["train", "--config", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]
