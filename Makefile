@@ -1,4 +1,4 @@
-# Verbs: demo, test, fuzz, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
+# Verbs: demo, test, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
 # lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test fuzz bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -52,6 +52,10 @@ fuzz: .venv/installed
 	end=$$(( $$(date +%s) + $(FUZZ_SECONDS) )); while [ $$(date +%s) -lt $$end ]; do \
 	  FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
+
+# The torch-free cores under address, undefined and thread sanitizers, on random shapes and strides, against loops.
+sanitize: .venv/installed
+	$(PY) tests/cpp/sanitize_cores.py
 
 # Every number of the README: ops, networks, host, glyph networks (hours: what has a result is not trained again).
 bench: .venv/installed .venv/native
