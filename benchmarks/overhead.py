@@ -102,4 +102,8 @@ def markdown() -> str:
     if results is None:
         return ""
     lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    env = results["environment"]
+    where = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {env['date'][:10]}"
+    return "\n".join(
+        [f"{where}, commit {(env['commit'] or 'unknown')[:10]}:", "", *(f"| {' | '.join(line)} |" for line in lines)]
+    )
