@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -57,6 +58,8 @@ def arguments() -> dict:
 
     include_dirs = [str(ROOT / "csrc"), str(ROOT / "csrc" / "common")]
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+    # before PyTorch's libraries: they export pieces of it, other ones in every release
+    libraries = ["stdc++"] if sys.platform == "linux" else []
     extensions = []
     if "_fss_cpu.so" not in skipped:
         extensions.append(
@@ -64,6 +67,7 @@ def arguments() -> dict:
                 "fss_kernels._fss_cpu",
                 sources("cpu.cpp"),
                 include_dirs=include_dirs,
+                libraries=libraries.copy(),
                 extra_compile_args=flags,
                 py_limited_api=True,  # links no Python library
             )
@@ -74,6 +78,7 @@ def arguments() -> dict:
                 "fss_kernels._fss_cuda",
                 sources("cuda.cu"),
                 include_dirs=include_dirs,
+                libraries=libraries.copy(),
                 extra_compile_args=flags,
                 py_limited_api=True,
             )

@@ -26,8 +26,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LOGS = ROOT / "benchmarks" / "results" / "wheel"
-# What PyTorch promises to keep (the C shims), and what the platform does.
-STABLE = re.compile(r"(aoti_)?torch_\w+$|std::|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
+# What PyTorch promises to keep (the C shims), and what the platform does. PyTorch also exports pieces of libstdc++, in
+# every release other ones: those have no version.
+STABLE = re.compile(r"(aoti_)?torch_\w+$|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
 UNSTABLE = re.compile(r"\b(c10|at|torch)::")
 WEAK = {"__cxa_finalize", "__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")

@@ -127,6 +127,7 @@ def test_library_is_free_of_python_and_unstable_symbols():
         ("namespace at { struct T { T(); }; }", "at::T t;", "at::T::T()"),
         ("namespace torch { void g(); }", "torch::g();", "torch::g()"),
         ("namespace c10 { struct S {}; } namespace std { void h(c10::S); }", "std::h({});", "std::h(c10::S)"),
+        ("namespace std { void of_some_pytorch(); }", "std::of_some_pytorch();", "std::of_some_pytorch()"),
         ("void torch_call(int);", "torch_call(1);", "torch_call(int)"),
         ('extern "C" void THPVariable_Wrap();', "THPVariable_Wrap();", "THPVariable_Wrap"),
         ('extern "C" void torch_get_num_threads();', "torch_get_num_threads();", None),
