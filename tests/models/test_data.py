@@ -16,11 +16,20 @@ import torch
 from PIL import Image
 
 from fss_models.config import DataConfig
-from fss_models.data import Episodes, Source, collate, fold_classes, fss_source, labelled_source, protocol
+from fss_models.data import (
+    PROTOCOLS,
+    Episodes,
+    Source,
+    collate,
+    fold_classes,
+    fss_source,
+    labelled_source,
+    protocol,
+)
 from fss_models.data.augment import Augment
 from fss_models.data.build import eval_episodes, protocol_of, source_of, train_episodes
 from fss_models.data.coco import prepare_coco
-from fss_models.data.episodes import denormalise, fit
+from fss_models.data.episodes import batches, denormalise, fit
 from fss_models.data.files import inside, read_binary, read_image, read_labels
 from fss_models.errors import ConfigError, DataError
 
@@ -65,7 +74,23 @@ def test_protocols_say_what_the_papers_say() -> None:
     pfenet, hsnet, bam = protocol("pfenet-coco"), protocol("hsnet-pascal"), protocol("bam-pascal")
     assert (pfenet.size, pfenet.fold_rule, pfenet.min_area, pfenet.episodes) == (641, "step", 2048, 20000)
     assert (hsnet.episodes, hsnet.seeds, hsnet.truth, hsnet.fit) == (1000, (0,), "input", "stretch")
-    assert bam.drop_novel and len(bam.seeds) == 5 and bam.episodes == 1000
+    assert bam.drop_novel and bam.episodes == 1000
+    # BAM and HDMNet draw their seeds themselves
+    drawn = tuple(np.random.RandomState(123).randint(0, 1000, 10))
+    cyctr, hdmnet, ssp = (tuple(protocol(f"{n}-{d}") for d in ("pascal", "coco")) for n in ("cyctr", "hdmnet", "ssp"))
+    assert bam.seeds == tuple(np.random.RandomState(123).randint(0, 1000, 5)) and hdmnet[0].seeds == drawn
+    assert [(p.size, p.episodes, p.seeds) for p in cyctr] == [(473, 1000, (123,)), (473, 5000, (321,))]
+    assert [(p.size, p.episodes, p.fit, p.truth) for p in hdmnet] == [
+        (473, 1000, "stretch", "original"), (633, 10000, "stretch", "original"),
+    ]  # fmt: skip
+    assert [(p.episodes, p.seeds, p.fold_rule) for p in ssp] == [
+        (1000, (0, 1, 2, 3, 4), "contiguous"), (4000, (0, 1, 2, 3, 4), "contiguous"),
+    ]  # fmt: skip
+    assert (cyctr[1].fold_rule, hdmnet[1].fold_rule, hdmnet[0].drop_novel, cyctr[0].drop_novel) == (
+        "step", "step", True, False,
+    )  # fmt: skip
+    assert {p.min_area for p in (*cyctr, *hdmnet, *ssp)} == {2048}
+    assert all(p.size % 8 == 1 and p.order in ("images", "entries", "drawn", "classes") for p in PROTOCOLS.values())
     with pytest.raises(ConfigError, match="unknown protocol 'x'; there are pfenet-pascal"):
         protocol("x")
     with pytest.raises(ConfigError, match=r"8n \+ 1, got 64; near it are 57 and 65"):
@@ -207,6 +232,37 @@ def test_an_episode_is_of_one_class_with_different_images(voc_root: Path) -> Non
         assert set(episode["mask"].unique().tolist()) == {0.0, 1.0} and episode["mask"].shape == (3, 41, 41)
 
 
+@pytest.mark.parametrize("convention", ["split", "pairs"])
+def test_queries_run_through_the_list_in_its_order(tmp_path: Path, convention: str) -> None:
+    builders.voc(tmp_path, convention=convention)
+    file = tmp_path / "VOC2012" / "splits" / "pascal" / "val" / "fold0.txt"
+    lines = file.read_text().split("\n")[:-1]
+    np.random.default_rng(0).shuffle(lines)
+    file.write_text("\n".join(lines) + "\n")
+    listed: list[tuple[str, set[int]]] = []  # by hand: image and classes of every line
+    for line in lines:
+        name = Path(line.split()[0]).stem.partition("__")[0]
+        found = np.unique(np.asarray(Image.open(tmp_path / "VOC2012" / "SegmentationClassAug" / f"{name}.png")))
+        classes = {int(line.partition("__")[2])} if convention == "split" else {int(c) for c in found if 0 < c <= 5}
+        listed.append((name, classes))
+    source = pascal(tmp_path)
+
+    def drawn(order: str) -> list[tuple[str, int]]:
+        episodes = Episodes(source, shots=1, size=33, seed=0, length=60, order=order)
+        return [(Path(items[0].image).stem, c) for c, items, _ in map(episodes.draw, range(60))]
+
+    images = list(dict.fromkeys(name for name, _ in listed))
+    of = {name: {c for n, classes in listed for c in classes if n == name} for name in images}
+    assert images != sorted(images) and max(map(len, of.values())) == 2
+    assert [name for name, _ in drawn("images")] == [images[i % len(images)] for i in range(60)]
+    assert all(c in of[name] for name, c in drawn("images"))
+    entries = [(name, c) for name, classes in listed for c in sorted(classes)]
+    assert drawn("entries") == [entries[i % len(entries)] for i in range(60)]
+    at_random = drawn("drawn")
+    assert all(c in of[name] for name, c in at_random) and {n for n, _ in at_random} == set(images)
+    assert [n for n, _ in at_random] != [images[i % len(images)] for i in range(60)]
+
+
 def test_fit_stretches_and_pads() -> None:
     image = np.full((40, 80, 3), 100, np.uint8)
     label = np.ones((40, 80), np.uint8)
@@ -329,6 +385,19 @@ def test_no_usable_file_ends_the_run(tmp_path: Path) -> None:
         Episodes(pascal(tmp_path), shots=1, size=33, seed=0, length=1)[0]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_a_worker_is_one_line(tmp_path: Path, workers: int) -> None:
+    builders.voc(tmp_path)
+    for path in (tmp_path / "VOC2012" / "JPEGImages").iterdir():
+        path.write_text("x")
+    episodes = Episodes(pascal(tmp_path), shots=1, size=33, seed=0, length=2)
+    with pytest.raises(
+        DataError, match=r"^episode 0: 20 draws in a row cannot be used, the last: .*: not a r"
+    ) as caught:
+        next(batches(episodes, [[0, 1]], workers=workers))
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
 def test_bad_maps_in_the_scan_of_areas(tmp_path: Path) -> None:
     builders.voc(tmp_path)
     broken(tmp_path, "SegmentationClassAug/2007_001000.png", "truncated")
@@ -391,6 +460,35 @@ def test_corrupt_coco_json(tmp_path: Path, content: bytes) -> None:
         prepare_coco(path, tmp_path)
     with pytest.raises(DataError, match=r"none.json: not a readable"):
         prepare_coco(tmp_path / "none.json", tmp_path)
+
+
+@pytest.mark.parametrize("section, key, value, text", [
+    ("images", None, None, "annotation 1 is of an unknown image"),
+    ("annotations", None, [], "no annotations"),
+    ("images", "height", None, "not a readable COCO annotation file"),
+    ("images", "width", 0, "image 100 has no size"),
+    ("images", "file_name", None, "not a readable COCO annotation file"),
+    ("categories", "name", None, "not a readable COCO annotation file"),
+    ("annotations", "category_id", 12, "annotation 1 is of an unknown image or category"),
+    ("annotations", "area", None, "not a readable COCO annotation file"),
+    ("annotations", "segmentation", [], "annotation 1 has no region"),
+    ("annotations", "segmentation", [[1, 2]], "image 100: "),
+    ("annotations", "segmentation", "nothing", "image 100: "),
+    ("annotations", "segmentation", {"size": [3, 3], "counts": [9]}, "image 100: "),
+])  # fmt: skip
+def test_incomplete_coco_json(tmp_path: Path, section: str, key: str | None, value: object, text: str) -> None:
+    path = builders.coco_json(tmp_path, "val2014", per_class=1)
+    content = json.loads(path.read_text())
+    if key is None:
+        content[section] = content[section][1:] if value is None else value
+    elif value is None:
+        del content[section][0][key]
+    else:
+        content[section][0][key] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"^{path}: {text}") as caught:
+        prepare_coco(path, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_coco_image_names_stay_inside(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -172,6 +173,33 @@ def test_training_classes_and_other_shots() -> None:
     names = [set(r["seeds"]["0"]["per_class"]) for r in (train, test)]
     assert names[0].isdisjoint(names[1]) and (len(names[0]), len(names[1])) == (48, 16)
     assert test["data"]["shots"] == 5
+
+
+def test_given_fields_change_those_of_the_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run, file = str(tmp_path / "run"), tmp_path / "evaluate.yaml"
+    train = ["train", "--data.size", "33", "--data.fold", "1", "--data.shots", "2", "--data.bad_limit", "3"]
+    train += [*MODEL[:1], "panet", "--optim.steps", "1", "--optim.batch", "1", "--tensorboard", "false"]
+    assert main([*train, "--device", "cpu", "--seed", "4", "--out", run]) == 0
+    trained = DataConfig("glyphs", size=33, fold=1, shots=2, bad_limit=3)
+
+    def evaluated(*options: str) -> dict:
+        command = ["evaluate", "--episodes", "1", "--device", "cpu", "--out", str(tmp_path / "result")]
+        assert main([*command, *options]) == 0
+        result = json.loads((tmp_path / "result" / "result.json").read_text())
+        assert result["trained_on"] == dataclasses.asdict(trained)
+        return result
+
+    assert evaluated("--checkpoint", run)["data"] == dataclasses.asdict(trained)
+    result = evaluated("--checkpoint", run, "--data.fold", "2")
+    assert result["data"] == dataclasses.asdict(dataclasses.replace(trained, fold=2))
+    file.write_text(f"checkpoint: {run}\nseeds: [0]\ndata:\n  size: 41\n")
+    result = evaluated("--config", str(file), "--data.workers", "1")
+    assert result["data"] == dataclasses.asdict(dataclasses.replace(trained, size=41, workers=1))
+    # the training's own seed would draw its episodes again
+    assert evaluated("--checkpoint", run, "--part", "train")["protocol"]["seeds"] == [5, 6, 7]
+    assert not any("seed 4" in r.message for r in caplog.records)
+    evaluated("--checkpoint", run, "--part", "train", "--seeds", "[4]")
+    assert any("seed 4 is that of the training" in r.message for r in caplog.records)
 
 
 def test_bad_files_are_reported(tmp_path: Path) -> None:

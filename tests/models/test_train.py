@@ -140,6 +140,72 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
 
 
+# In each of two processes: what each run said. A collective that waits for the other process fails after a minute.
+_TOGETHER = """
+import datetime, json, os, sys
+import torch
+from fss_models.config import DataConfig, ModelConfig, from_dict
+from fss_models.errors import UserError
+from fss_models.evaluate import EvalConfig, evaluate
+from fss_models.train import train
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+rank = torch.distributed.get_rank()
+told = {}
+for name, config in json.load(open(sys.argv[1])).items():
+    if rank == 1:
+        for key, value in config.pop("second").items():
+            config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    config.pop("second", None)
+    try:
+        if name.startswith("evaluate"):
+            data, model = DataConfig(**config.pop("data")), ModelConfig(**config.pop("model"))
+            evaluate(EvalConfig(data=data, model=model, **config))
+        else:
+            train(from_dict(config, name))
+        told[name] = "nothing"
+    except UserError as error:
+        told[name] = f"{type(error).__name__}: {error}"
+json.dump(told, open(f"told-{rank}.json", "w"))
+"""
+
+
+def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        builders.voc(tmp_path / name)
+    images = tmp_path / "bad" / "VOC2012" / "JPEGImages"
+    for path in images.iterdir():
+        path.write_text("x")
+    good, bad = (DataConfig("hsnet-pascal", str(tmp_path / name / "VOC2012"), size=33) for name in ("good", "bad"))
+    train(config(tmp_path / "shared", steps=1))
+    run = dataclasses.replace(config(tmp_path / "train", steps=2), data=good, model=ModelConfig("panet", "tiny"))
+    resumed = dataclasses.replace(config(tmp_path / "shared", steps=2), resume=True)
+    judged = {"data": vars(good), "model": vars(run.model), "episodes": 5, "seeds": [0], "device": "cpu"}
+    elsewhere, nowhere = {"out": str(tmp_path / "elsewhere")}, {"data": {"root": str(tmp_path / "nowhere")}}
+    runs = {
+        "train": {**to_dict(run), "second": {"data": {"root": bad.root}}},
+        "train without data": {**to_dict(run), "second": nowhere},
+        "evaluate": {**judged, "second": {"data": {"root": bad.root}}},
+        "evaluate without data": {**judged, "second": nowhere},
+        "resume": {**to_dict(resumed), "second": elsewhere},
+        "train again": {**to_dict(run), "second": elsewhere},
+    }
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "run.py").write_text(_TOGETHER)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py", "runs.json"]
+    done = launch(command, tmp_path)
+    assert done.returncode == 0, done.stderr[:6000]
+    first, second = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1))
+    for told in (first, second):  # each names its own folder
+        assert "/checkpoints: the processes would go on from the steps 1, 0; copy" in told.pop("resume")
+    assert first == second and "\n" not in "".join(first.values())
+    for name in ("train", "evaluate"):
+        assert "draws in a row cannot be used" in first[name] and str(images) in first[name]
+        assert f"{tmp_path}/nowhere: no folder JPEGImages" in first[f"{name} without data"]
+    assert first["train again"] == "nothing"
+    assert checkpoints.complete(tmp_path / "train" / "checkpoints")[-1].name == "step-00000002"
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_options_in_tuples_resume(tmp_path: Path) -> None:
     run = config(tmp_path, {**CALM, "dilations": (1, 2), "trainable_backbone": (3, 4)}, steps=1)
     train(run)
