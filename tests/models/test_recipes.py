@@ -218,7 +218,8 @@ def test_cyctr(data: dict[str, Tensor]) -> None:
 
 
 def test_msanet(data: dict[str, Tensor]) -> None:
-    query, support, mask = data["signed_query"], data["signed"][:, 0], data["mask"][:, 0].clone()
+    query, support = data["signed_query"], data["signed"][:, 0]
+    mask = data["mask"][:, 0, :44, :37].clone()  # soft on the grid
     for empty in (False, True):
         if empty:
             mask[1] = 0
@@ -245,7 +246,8 @@ def test_symnet(data: dict[str, Tensor], window: tuple[int, int]) -> None:
 
 
 def test_symnet_hypercorrelation(data: dict[str, Tensor]) -> None:
-    query, support, mask = data["signed_query"], data["signed"][:, 0], data["mask"][:, 0].clone()
+    query, support = data["signed_query"], data["signed"][:, 0]
+    mask = data["mask"][:, 0, :44, :37].clone()  # soft on the grid
     for empty in (False, True):
         if empty:
             mask[1] = 0
