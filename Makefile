@@ -1,4 +1,4 @@
-# Verbs: demo, test, bench, readme, mutants, native, lint, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
+# Verbs: demo, test, bench, readme, mutants, native, lint, sanitize, emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
 # One thread a process: two processes share two cores; tests about threads set their number.
@@ -7,7 +7,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test bench readme mutants native lint emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test bench readme mutants native lint sanitize emulate-cuda gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -54,6 +54,10 @@ readme: .venv/installed
 
 mutants: .venv/installed
 	$(PY) tests/mutants/run.py
+
+# The torch-free C++ cores, fuzzed under sanitizers: minutes. (tests/sanitize.py is compute-sanitizer's, on a GPU.)
+sanitize: .venv/installed
+	$(PY) tests/cpp/sanitize_cores.py
 
 # The CUDA kernels on a CPU, thread by thread, against float64: minutes, and no GPU needed.
 emulate-cuda: .venv/installed

@@ -1,0 +1,76 @@
+"""Fuzzes the torch-free cores under sanitizers: out of bounds, undefined behaviour, data races, unwritten results.
+
+    python tests/cpp/sanitize_cores.py [op ...]        (make sanitize)
+
+Builds cores/<op>.cpp for every instruction set of this processor with address,undefined and, for the widest, thread,
+and runs new random cases; their values are compared with loops in double. A failure names the command that repeats it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CORES = Path(__file__).with_name("cores")
+PROGRAMS = ROOT / "build" / "sanitize"
+OPS = sorted(path.stem for path in CORES.glob("*.cpp"))
+FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
+FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/common'}"]
+# Scratch that a core allocates itself starts as NaN; a failure ends in SIGABRT, at which a program prints its case.
+OPTIONS = {
+    "ASAN_OPTIONS": "abort_on_error=1:max_malloc_fill_size=1000000000:malloc_fill_byte=255",
+    "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1",
+    "TSAN_OPTIONS": "abort_on_error=1:halt_on_error=1",
+}
+TYPES = "float,bfloat16,float16,double"
+CASES = {"address,undefined": 2000, "thread": 1000}
+
+
+def build(op: str, isa: str, sanitizer: str, directory: Path = PROGRAMS, types: str = TYPES) -> Path:
+    """The fuzzer of one op for one instruction set."""
+    program = directory / f"{op}-{isa}-{sanitizer.split(',')[0]}"
+    sources = [*ROOT.glob("csrc/**/*.h"), *CORES.iterdir()]
+    if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        return program
+    directory.mkdir(parents=True, exist_ok=True)
+    macros = [f"-DFUZZ_ISA={isa}", f"-DFUZZ_TYPES={types}"]
+    command = ["c++", *FLAGS, f"-fsanitize={sanitizer}", *macros, CORES / f"{op}.cpp", "-o", program]
+    subprocess.run([*map(str, command)], check=True)
+    return program
+
+
+def fuzz(program: Path, seed: int, first: int, count: int) -> str | None:
+    """What went wrong in `count` cases from case `first` of a seed, if anything did."""
+    command = [str(program), str(seed), str(first), str(count)]
+    done = subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return None
+    options = " ".join(f"{k}={v}" for k, v in OPTIONS.items())
+    return f"{done.stdout}{done.stderr}{options} {' '.join(command)}: exit code {done.returncode}"
+
+
+def main(ops: list[str]) -> int:
+    """Fuzzes the named ops, or all."""
+    from fss_kernels import _library
+
+    isas = [isa for isa in _library.supported_isas() if isa != "avx512_bf16"]  # its screen is part of avx512
+    seed = int(time.time())
+    print(f"seed {seed}; exit code 1 after a failure")
+    jobs = [(op, isa, "address,undefined") for op in ops for isa in isas] + [(op, isas[-1], "thread") for op in ops]
+
+    def job(op: str, isa: str, sanitizer: str) -> bool:
+        failure = fuzz(build(op, isa, sanitizer), seed, 0, CASES[sanitizer])
+        print(f"{op} {isa} {sanitizer}: " + (failure or f"{CASES[sanitizer]} cases passed"), flush=True)
+        return failure is None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return 0 if all(list(pool.map(job, *zip(*jobs, strict=True)))) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or OPS))
