@@ -10,12 +10,12 @@ import pytest
 from fss_kernels import _library
 
 sys.path.insert(0, str(Path(__file__).parent / "cpp"))
-import sanitize_cores  # noqa: E402
+import sanitize_cores
 
 
 @pytest.mark.parametrize("op", sanitize_cores.OPS)
 def test_core_under_sanitizers(op, tmp_path):
-    """Bounds, undefined behaviour, unwritten results and values of bfloat16, which is every path but float64's width."""
+    """Bounds, undefined behaviour, unwritten results, values; bfloat16 takes every path but float64's."""
     isa = "avx2" if "avx2" in _library.supported_isas() else "generic"
     program = sanitize_cores.build(op, isa, "address,undefined", tmp_path, types="bfloat16")
     failure = sanitize_cores.fuzz(program, seed=0, first=0, count=60)
