@@ -247,7 +247,6 @@ void one(Random& random) {
 
   const auto inverse = [&](double norm) { return norm == 0 ? 0 : 1 / (a.add ? norm + a.eps : std::max(norm, a.eps)); };
   const auto slope = [&](double norm) { return norm == 0 || (!a.add && norm <= a.eps) ? 0 : inverse(norm) / norm; };
-  const double regret = std::is_same_v<A, double> ? 0x1p-44 : 0x1p-15;  // of an index: four times what a score may miss
   for (int64_t b = 0; b < batch; ++b) {
     const auto q = [&](int64_t c, int64_t j) { return value(query(b, c, j)); };
     Doubles query_norms(nq), grad_query(channels * nq), grad_query_size(channels * nq), along(nq), along_size(nq);
@@ -292,7 +291,7 @@ void one(Random& random) {
         if (none != (at < 0)) fail(std::string(what) + ": a wrong index -1");
         if (none || dead) most = std::max(most == -HUGE_VAL ? 0 : most, 0.0);
         close(what, got, most, 1);
-        if (at >= 0 && !(at < count && candidate(at) && score(at) >= most - regret)) {
+        if (at >= 0 && !(at < count && candidate(at) && score(at) >= most - 4 * kSumError<T>)) {
           fail(std::string(what) + ": a wrong index");
         }
       };

@@ -65,7 +65,7 @@ void resize(const Array<S>& source, const Array<D>& target, const std::vector<in
           for (int64_t j = 0; j < from[1]; ++j) {
             want += weight(1, x, j) * line[j], size += weight(1, x, j) * sizes[j];
           }
-          close("resized", target(b, m, y, x), want, size);
+          if (std::isfinite(size)) close("resized", target(b, m, y, x), want, size);
         }
       }
     }
