@@ -67,7 +67,7 @@ lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cpp/cores/*)
 
 # On a machine with a GPU and no network there is no .venv: its own Python, and the wheels carried to it.
 GPU_PY := $(if $(wildcard .venv/installed),$(PY),$(PYTHON))
