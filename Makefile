@@ -53,10 +53,6 @@ fuzz: .venv/installed
 	  FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
 
-# The torch-free cores under address, undefined and thread sanitizers, on random shapes and strides, against loops.
-sanitize: .venv/installed
-	$(PY) tests/cpp/sanitize_cores.py
-
 # Every number of the README: ops, networks, host, glyph networks (hours: what has a result is not trained again).
 bench: .venv/installed .venv/native
 	$(PY) -m benchmarks run
@@ -77,6 +73,10 @@ readme: .venv/installed
 mutants: .venv/installed
 	$(PY) tests/mutants/run.py
 
+# The torch-free C++ cores, fuzzed under sanitizers: minutes. (tests/sanitize.py is compute-sanitizer's, on a GPU.)
+sanitize: .venv/installed
+	$(PY) tests/cpp/sanitize_cores.py
+
 # The CUDA kernels on a CPU, thread by thread, against float64: minutes, and no GPU needed.
 emulate-cuda: .venv/installed
 	$(PY) tests/cpp/emulate_cuda.py
@@ -95,7 +95,7 @@ lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cpp/cores/*)
 
 # On a machine with a GPU and no network there is no .venv: its own Python, and the wheels carried to it.
 GPU_PY := $(if $(wildcard .venv/installed),$(PY),$(PYTHON))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 CORES = Path(__file__).with_name("cores")
 PROGRAMS = ROOT / "build" / "sanitize"
 OPS = sorted(path.stem for path in CORES.glob("*.cpp"))
-FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
 FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/common'}"]
 # Scratch that a core allocates itself starts as NaN; a failure ends in SIGABRT, at which a program prints its case.
 OPTIONS = {
@@ -27,18 +27,20 @@ OPTIONS = {
     "UBSAN_OPTIONS": "abort_on_error=1:print_stacktrace=1",
     "TSAN_OPTIONS": "abort_on_error=1:halt_on_error=1",
 }
+TYPES = "float,bfloat16,float16,double"
 CASES = {"address,undefined": 2000, "thread": 1000}
 
 
-def build(op: str, isa: str, sanitizer: str, directory: Path = PROGRAMS) -> Path:
+def build(op: str, isa: str, sanitizer: str, directory: Path = PROGRAMS, types: str = TYPES) -> Path:
     """The fuzzer of one op for one instruction set."""
     program = directory / f"{op}-{isa}-{sanitizer.split(',')[0]}"
     sources = [*ROOT.glob("csrc/**/*.h"), *CORES.iterdir()]
     if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         return program
     directory.mkdir(parents=True, exist_ok=True)
-    source = CORES / f"{op}.cpp"
-    subprocess.run(["c++", *FLAGS, f"-fsanitize={sanitizer}", f"-DFUZZ_ISA={isa}", source, "-o", program], check=True)
+    macros = [f"-DFUZZ_ISA={isa}", f"-DFUZZ_TYPES={types}"]
+    command = ["c++", *FLAGS, f"-fsanitize={sanitizer}", *macros, CORES / f"{op}.cpp", "-o", program]
+    subprocess.run([*map(str, command)], check=True)
     return program
 
 

@@ -24,7 +24,9 @@ struct Plan {
   Cross sizes{-1, -1, -1};
 
   Plan(const std::vector<Size>& kernels, bool merge) {
-    const auto before = [](const Shift& a, const Shift& b) { return std::pair(a.row, a.column) < std::pair(b.row, b.column); };
+    const auto before = [](const Shift& a, const Shift& b) {
+      return std::pair(a.row, a.column) < std::pair(b.row, b.column);
+    };
     for (const Size& k : kernels) {
       rows = std::max(rows, k.height / 2), columns = std::max(columns, k.width / 2);
       for (int64_t i = 0; i < k.height * k.width; ++i) taps.push_back(shift(k, i));
@@ -74,10 +76,13 @@ void one(Random& random) {
   const int64_t pixels = height * width, shift = random.chance(50) ? 0 : random.below(4);
   const bool past = random.chance(50), last = random.chance(50);
   const bool want_x = random.chance(80), want_kernels = !want_x || random.chance(80);
-  note("B", batch, "C", channels, "grid", height, width, "outputs", outputs, "stream", past, "gradients", want_x,
-       want_kernels, "kernels");
+  const Samples samples(random, batch, channels * pixels);
+  const int64_t apart = samples.apart;
+  note("C", channels, "grid", height, width, "outputs", outputs, "stream", past, "gradients", want_x, want_kernels,
+       "kernels");
   for (const Size& k : kernels) note(k.height, 'x', k.width);
-  const Features<T> x(random, batch, channels, pixels, last), grad(random, batch, outputs * channels, pixels, last);
+  const Features<T> x(random, batch, channels, pixels, last, 1, apart);
+  const Features<T> grad(random, batch, outputs * channels, pixels, last, 1, apart);
   std::vector<std::unique_ptr<Array<T>>> sources;
   std::vector<std::vector<int64_t>> strides;
   for (const Size& k : kernels) {  // (B, C, height, width), dimensions in any order, with gaps
@@ -90,7 +95,8 @@ void one(Random& random) {
       steps[order[d]] = step;
       step = std::max<int64_t>(step * sizes[order[d]], 1) + (random.chance(30) ? random.below(5) : 0);
     }
-    if (random.chance(5)) steps[random.chance(50) && channels <= 8 ? 1 : 0] = step + kFar;
+    if (apart == 1 && random.chance(5)) steps[random.chance(50) && channels <= 8 ? 1 : 0] = step + kFar;
+    if (apart > 1) steps = Array<T>::dense(sizes, apart);
     strides.push_back(steps);
     sources.push_back(std::make_unique<Array<T>>(sizes, steps, random.below(4), 0xff));
     sources.back()->each([&](T& v) { v = number<T>(2 * random.real() - 1); });
@@ -103,22 +109,22 @@ void one(Random& random) {
     std::vector<std::unique_ptr<Array<T>>> grad_kernels;
   };
   const auto calculate = [&](int threads, int fill) {
-    auto r = std::unique_ptr<Results>(new Results{{{batch, channels, taps}, fill},
-                                                  {batch, outputs * channels, pixels, last, fill, shift},
-                                                  {batch, channels, pixels, last, fill, shift},
-                                                  {{batch, channels, taps}, fill},
+    auto r = std::unique_ptr<Results>(new Results{{{batch, channels, taps}, fill, 1, apart},
+                                                  {batch, outputs * channels, pixels, last, fill, shift, apart},
+                                                  {batch, channels, pixels, last, fill, shift, apart},
+                                                  {{batch, channels, taps}, fill, 1, apart},
                                                   {}});
     std::vector<Branch> from, to;
     for (size_t l = 0; l < kernels.size(); ++l) {
       const Size& k = kernels[l];
       const std::vector<int64_t>& s = strides[l];
-      from.push_back({sources[l]->data, s[0], s[1], s[2], s[3], k.height, k.width, plan.tap_of[l].data()});
+      from.push_back({sources[l]->data, s[0] / apart, s[1], s[2], s[3], k.height, k.width, plan.tap_of[l].data()});
       r->grad_kernels.push_back(
           std::make_unique<Array<T>>(std::vector<int64_t>{batch, channels, k.height, k.width}, s, 1, fill));
       to.push_back(from.back()), to.back().data = r->grad_kernels.back()->data;
     }
     ConvArgs args{};
-    args.batch = batch, args.channels = channels, args.height = height, args.width = width;
+    args.batch = samples.batch(), args.channels = channels, args.height = height, args.width = width;
     args.channels_last = last, args.stream = past;
     args.x = x.array.data, args.stride_b = x.stride_b, args.stride_row = x.stride_row;
     args.grad = grad.array.data, args.grad_stride_b = grad.stride_b, args.grad_stride_row = grad.stride_row;
@@ -127,14 +133,15 @@ void one(Random& random) {
     if (want_kernels) args.grad_kernels = r->grad_taps.data;
     args.outputs = outputs, args.taps = taps, args.first = plan.first.data(), args.tap = plan.taps.data();
     args.reach_rows = plan.rows, args.reach_columns = plan.columns, args.cross = plan.cross, args.sizes = plan.sizes;
-    run(batch * channels, threads, [&](int64_t begin, int64_t end) {
+    samples.run(args.batch * channels, threads, [&](int64_t begin, int64_t end) {
       core::gather_kernels<T>(args, from.data(), int64_t(from.size()), begin, end);
     });
-    run(core::forward_tasks<T>(args), threads,
-        [&](int64_t begin, int64_t end) { core::forward<T>(args, begin, end); });
-    run(core::owners<T>(args), threads, [&](int64_t begin, int64_t end) { core::backward<T>(args, begin, end); });
+    samples.run(core::forward_tasks<T>(args), threads,
+                [&](int64_t begin, int64_t end) { core::forward<T>(args, begin, end); });
+    samples.run(core::owners<T>(args), threads,
+                [&](int64_t begin, int64_t end) { core::backward<T>(args, begin, end); });
     if (want_kernels) {
-      run(batch * channels, threads, [&](int64_t begin, int64_t end) {
+      samples.run(args.batch * channels, threads, [&](int64_t begin, int64_t end) {
         core::scatter_kernels<T>(args, to.data(), int64_t(to.size()), begin, end);
       });
     }
@@ -183,7 +190,6 @@ void one(Random& random) {
 
 int main(int argc, char** argv) {
   using namespace fss;
-  return fuzz::cases<FUZZ_TYPES>("dynamic_conv2d", argc, argv, [](auto x, fuzz::Random& random) {
-    fuzz::one<decltype(x)>(random);
-  });
+  return fuzz::cases<FUZZ_TYPES>("dynamic_conv2d", argc, argv,
+                                 [](auto x, fuzz::Random& random) { fuzz::one<decltype(x)>(random); });
 }

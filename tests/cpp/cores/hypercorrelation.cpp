@@ -18,18 +18,23 @@ void one(Random& random) {
   const double eps = random.pick({1e-8, 1e-2, 2.0});
   const bool add = random.chance(50), clamp = random.chance(70), past = sizeof(T) >= 4 && random.chance(50);
   const bool want_query = random.chance(80), want_support = !want_query || random.chance(80);
-  const int64_t group = random.size(std::max<int64_t>(batch, 1)), shift = random.below(4);
-  note("B", batch, "C", channels, "query", query_pixels, "support", support_pixels, "eps", eps, add ? "add" : "clamp",
-       "max", clamp, "stream", past, "gradients", want_query, want_support, "samples", group);
-  const Features<T> query(random, batch, channels, query_pixels, random.chance(50));
-  const Features<T> support(random, batch, channels, support_pixels, random.chance(50));
-  const Array<A> weights({batch, support_pixels}, 0xff);
+  const Samples samples(random, batch, query_pixels * support_pixels);
+  const int64_t apart = samples.apart, shift = random.below(4);
+  const int64_t group = apart > 1 ? 1 : random.size(std::max<int64_t>(batch, 1));
+  note("C", channels, "query", query_pixels, "support", support_pixels, "eps", eps, add ? "add" : "clamp", "max", clamp,
+       "stream", past, "gradients", want_query, want_support, "samples", group);
+  const Features<T> query(random, batch, channels, query_pixels, random.chance(50), 1, apart);
+  const Features<T> support(random, batch, channels, support_pixels, random.chance(50), 1, apart);
+  const Array<A> weights({batch, support_pixels}, 0xff, 1, apart);
   const int density = int(random.pick({0, 5, 50, 100}));
   weights.each([&](A& w) { w = random.chance(density) ? A(random.chance(50) ? 1 : random.real()) : A(0); });
   // (B, layers, Na, Nb), one layer of which is ours
   const int64_t rows = query_pixels * support_pixels;
-  const std::vector<int64_t> strides{
-      random.chance(10) ? kFar : rows * random.size(3) + (random.chance(20) ? random.below(9) : 0), support_pixels, 1};
+  const std::vector<int64_t> strides{apart > 1 ? rows * apart
+                                     : random.chance(10)
+                                         ? kFar
+                                         : rows * random.size(3) + (random.chance(20) ? random.below(9) : 0),
+                                     support_pixels, 1};
   const std::vector<int64_t> sizes{batch, query_pixels, support_pixels};
   const Array<T> grad(sizes, strides, random.below(4), 0xff);
   grad.each([&](T& v) { v = number<T>(2 * random.real() - 1); });
@@ -51,26 +56,26 @@ void one(Random& random) {
   const int64_t sign_bytes = (support_pixels + 7) / 8;
   const auto calculate = [&](int threads, int fill) {
     auto r = std::unique_ptr<Results>(
-        new Results{{{batch, query_pixels}, fill},
-                    {{batch, support_pixels}, fill},
+        new Results{{{batch, query_pixels}, fill, 1, apart},
+                    {{batch, support_pixels}, fill, 1, apart},
                     {sizes, strides, shift, fill},
-                    {{batch, query_pixels, clamp ? sign_bytes : 0}, fill},
-                    {batch, channels, query_pixels, query.channels_last, fill, shift},
-                    {batch, channels, support_pixels, support.channels_last, fill, shift}});
+                    {{batch, query_pixels, clamp ? sign_bytes : 0}, fill, 1, apart},
+                    {batch, channels, query_pixels, query.channels_last, fill, shift, apart},
+                    {batch, channels, support_pixels, support.channels_last, fill, shift, apart}});
     Args args{};
-    args.batch = batch, args.channels = channels;
-    args.query = {query.array.data, query.channels_last, query.stride_b,      query.stride_row,
-                  query_pixels,     r->query_norms.data, nullptr, nullptr};
+    args.batch = samples.batch(), args.channels = channels;
+    args.query = {query.array.data, query.channels_last, query.stride_b, query.stride_row,
+                  query_pixels,     r->query_norms.data, nullptr,        nullptr};
     args.support = {support.array.data, support.channels_last, support.stride_b, support.stride_row,
                     support_pixels,     r->support_norms.data, weights.data,     nullptr};
     args.eps = eps, args.add = add, args.clamp = clamp, args.stream = past;
-    args.out = r->out.data, args.out_stride_b = strides[0], args.signs = clamp ? r->signs.data : nullptr;
+    args.out = r->out.data, args.out_stride_b = strides[0] / apart, args.signs = clamp ? r->signs.data : nullptr;
     args.grad = grad.data;
     const auto each_group = [&](int64_t elements, const auto& f) {
       const Array<A> packed({std::min(group, batch) * elements}, fill, 0);
       args.packed = packed.data;
-      for (args.first = 0; args.first < batch; args.first += group) {
-        args.samples = std::min(group, batch - args.first);
+      for (args.first = 0; args.first < args.batch; args.first += group * apart) {
+        args.samples = std::min(group, args.batch - args.first);
         f();
       }
       packed.check_canaries("packed");
@@ -120,7 +125,8 @@ void one(Random& random) {
     const auto slope = [&](double norm) {
       return norm == 0 || (!add && norm <= eps) ? 0 : inverse(norm) * inverse(norm) / norm;
     };
-    for (int64_t i = 0; i < query_pixels; ++i) close("query_norm", r->query_norms(b, i), query_norms[i], query_norms[i]);
+    for (int64_t i = 0; i < query_pixels; ++i)
+      close("query_norm", r->query_norms(b, i), query_norms[i], query_norms[i]);
     for (int64_t j = 0; j < support_pixels; ++j) {
       close("support_norm", r->support_norms(b, j), support_norms[j], support_norms[j]);
     }
@@ -159,12 +165,14 @@ void one(Random& random) {
       }
     };
     if (want_query) {
-      check("grad_query", r->grad_query, query_pixels, left, query_norms, [](int64_t) { return 1.0; }, support_pixels,
-            right, support_norms, support_pixels, 1);
+      check(
+          "grad_query", r->grad_query, query_pixels, left, query_norms, [](int64_t) { return 1.0; }, support_pixels,
+          right, support_norms, support_pixels, 1);
     }
     if (want_support) {
-      check("grad_support", r->grad_support, support_pixels, right, support_norms,
-            [&](int64_t j) { return double(weights(b, j)); }, query_pixels, left, query_norms, 1, support_pixels);
+      check(
+          "grad_support", r->grad_support, support_pixels, right, support_norms,
+          [&](int64_t j) { return double(weights(b, j)); }, query_pixels, left, query_norms, 1, support_pixels);
     }
   }
 }
@@ -174,7 +182,6 @@ void one(Random& random) {
 
 int main(int argc, char** argv) {
   using namespace fss;
-  return fuzz::cases<FUZZ_TYPES>("hypercorrelation", argc, argv, [](auto x, fuzz::Random& random) {
-    fuzz::one<decltype(x)>(random);
-  });
+  return fuzz::cases<FUZZ_TYPES>("hypercorrelation", argc, argv,
+                                 [](auto x, fuzz::Random& random) { fuzz::one<decltype(x)>(random); });
 }

@@ -10,7 +10,6 @@ template <class T>
 void one(Random& random) {
   using A = accumulate_t<T>;
   const int64_t batch = random.below(20) == 0 ? 0 : random.size(4);
-  const int64_t sets = batch > 0 && random.chance(30) ? 1 : batch;
   int64_t channels, pixels, count;
   do {
     channels = random.size(5000), pixels = random.size(4500), count = random.size(9);
@@ -19,10 +18,12 @@ void one(Random& random) {
   const bool add = random.chance(50), past = random.chance(50), last = random.chance(50);
   const bool want_features = random.chance(80), want_prototypes = !want_features || random.chance(80);
   const int64_t shift = random.below(4);
-  note("B", batch, "sets", sets, "P", count, "C", channels, "N", pixels, "eps", eps, add ? "add" : "clamp", "stream", past,
+  const Samples samples(random, batch, channels * pixels);
+  const int64_t apart = samples.apart, sets = batch > 0 && apart == 1 && random.chance(30) ? 1 : batch;
+  note("sets", sets, "P", count, "C", channels, "N", pixels, "eps", eps, add ? "add" : "clamp", "stream", past,
        "gradients", want_features, want_prototypes);
-  const Features<T> x(random, batch, channels, pixels, last);
-  const Array<T> prototypes({sets, count, channels}, 0xff), grad({batch, count, pixels}, 0xff);
+  const Features<T> x(random, batch, channels, pixels, last, 1, apart);
+  const Array<T> prototypes({sets, count, channels}, 0xff, 1, apart), grad({batch, count, pixels}, 0xff, 1, apart);
   prototypes.each([&](T& v) { v = number<T>(2 * random.real() - 1); });
   grad.each([&](T& v) { v = number<T>(2 * random.real() - 1); });
   if (batch > 0 && random.chance(30)) {  // vectors of zeros
@@ -40,19 +41,20 @@ void one(Random& random) {
   };
   const auto calculate = [&](int threads, int fill) {
     prototype_cosine::CosineArgs args{};
-    args.batch = batch, args.sets = sets, args.prototypes = count, args.channels = channels, args.pixels = pixels;
+    args.batch = samples.batch(), args.sets = sets == batch ? args.batch : 1, args.prototypes = count,
+    args.channels = channels, args.pixels = pixels;
     args.scale = scale, args.eps = eps, args.add = add, args.padded = padded, args.channels_last = last;
-    args.columns = batch == 0 ? 32 : prototype_cosine::columns_for(pixels, batch, 2 * threads);
-    auto r = std::unique_ptr<Results>(
-        new Results{{{sets, count, padded}, fill},
-                    {{batch, pixels}, fill},
-                    {{batch, count, pixels}, fill},
-                    {{batch, count, pixels}, fill},
-                    {{batch, pixels}, fill},
-                    std::make_unique<Array<A>>(std::vector<int64_t>{batch, pieces(args), count, channels}, fill),
-                    {{batch, count, pixels}, fill},
-                    {batch, channels, pixels, last, fill, shift},
-                    {{sets, count, channels}, fill}});
+    args.columns = batch == 0 ? 32 : prototype_cosine::columns_for(pixels, args.batch, 2 * threads);
+    auto r = std::unique_ptr<Results>(new Results{
+        {{sets, count, padded}, fill, 1, apart},
+        {{batch, pixels}, fill, 1, apart},
+        {{batch, count, pixels}, fill, 1, apart},
+        {{batch, count, pixels}, fill, 1, apart},
+        {{batch, pixels}, fill, 1, apart},
+        std::make_unique<Array<A>>(std::vector<int64_t>{batch, pieces(args), count, channels}, fill, 1, apart),
+        {{batch, count, pixels}, fill, 1, apart},
+        {batch, channels, pixels, last, fill, shift, apart},
+        {{sets, count, channels}, fill, 1, apart}});
     args.features = x.array.data, args.stride_b = x.stride_b, args.stride_row = x.stride_row;
     args.weights = prototypes.data, args.units = r->units.data, args.norms = r->norms.data;
     args.cosines = r->cosines.data, args.scores = r->scores.data, args.grad = grad.data;
@@ -60,7 +62,7 @@ void one(Random& random) {
     if (want_features) args.grad_features = r->grad_features.array.data;
     if (want_prototypes) args.sums = r->sums->data, args.grad_prototypes = r->grad_prototypes.data;
     const auto step = [&](int64_t tasks, auto f) {
-      run(tasks, threads, [&](int64_t begin, int64_t end) { f(args, begin, end); });
+      samples.run(tasks, threads, [&](int64_t begin, int64_t end) { f(args, begin, end); });
     };
     step(unit_tasks(args), core::normalise_prototypes<T>);
     step(score_tasks(args), core::scores<T>);
@@ -89,7 +91,7 @@ void one(Random& random) {
   std::vector<Doubles> total(size_t(sets * count), Doubles(channels)), total_size(total);  // dL/du
   std::vector<double> lengths;
   for (int64_t i = 0; i < sets * count; ++i) {
-    lengths.push_back(norm_of([&](int64_t c) { return value(prototypes.data[i * channels + c]); }));
+    lengths.push_back(norm_of([&](int64_t c) { return value(prototypes(i / count, i % count, c)); }));
   }
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t set = sets == 1 ? 0 : b;
@@ -125,12 +127,12 @@ void one(Random& random) {
     const double inverse = 1 / divisor(lengths[size_t(i)]);
     double dot = 0, dot_size = 0;
     for (int64_t c = 0; c < channels; ++c) {
-      const double w = value(prototypes.data[i * channels + c]);
+      const double w = value(prototypes(i / count, i % count, c));
       dot += w * total[size_t(i)][c], dot_size += std::abs(w) * total_size[size_t(i)][c];
     }
     for (int64_t c = 0; c < channels; ++c) {
-      const double w = value(prototypes.data[i * channels + c]) * slope(lengths[size_t(i)]) * inverse;
-      close("grad_prototypes", r->grad_prototypes.data[i * channels + c], total[size_t(i)][c] * inverse - dot * w,
+      const double w = value(prototypes(i / count, i % count, c)) * slope(lengths[size_t(i)]) * inverse;
+      close("grad_prototypes", r->grad_prototypes(i / count, i % count, c), total[size_t(i)][c] * inverse - dot * w,
             total_size[size_t(i)][c] * inverse + dot_size * std::abs(w));
     }
   }
@@ -141,7 +143,6 @@ void one(Random& random) {
 
 int main(int argc, char** argv) {
   using namespace fss;
-  return fuzz::cases<FUZZ_TYPES>("prototype_cosine", argc, argv, [](auto x, fuzz::Random& random) {
-    fuzz::one<decltype(x)>(random);
-  });
+  return fuzz::cases<FUZZ_TYPES>("prototype_cosine", argc, argv,
+                                 [](auto x, fuzz::Random& random) { fuzz::one<decltype(x)>(random); });
 }
