@@ -6,7 +6,6 @@ The timing itself is pytest-benchmark's (``suite/``); nothing here depends on py
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
 import gc
 import json
@@ -100,18 +99,6 @@ def selected(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
 
-def benchmark_sample(spec: Spec, arguments: Mapping[str, Any]) -> Sample:
-    """The sample of a size; with ``foreground``, its mask keeps that share of the image, and a second mask the rest."""
-    sample = spec.benchmark_sample(**{k: v for k, v in arguments.items() if k != "foreground"})
-    if "foreground" not in arguments:
-        return sample
-    mask = sample.tensors["mask"]
-    maps = sweeps.disc(mask.shape[:-2].numel(), mask.shape[-1], arguments["foreground"]).view_as(mask)
-    if spec.name == "masked_avg_pool" and mask.shape[1] == 2:
-        maps = torch.stack([maps[:, 0], 1 - maps[:, 0]], 1)
-    return dataclasses.replace(sample, tensors={**sample.tensors, "mask": maps.to(mask.dtype)})
-
-
 def size_class(cost: testing.Cost) -> str:
     """S, M or L."""
     return next(c for c, (size, flops) in CLASSES.items() if cost.bytes <= size and cost.flops <= flops)
@@ -124,7 +111,7 @@ def rows(plan: Plan) -> list[Row]:
     patterns = [p for p in plan.sizes if p not in CLASSES]
     for op in plan.ops:
         spec = testing.specs()[op]
-        sizes = sweeps.sizes(op) if plan.sweep else spec.sizes
+        sizes = sweeps.sizes(spec) if plan.sweep else spec.sizes
         for size in selected(sizes, patterns or ("*",)):
             arguments = dict(sizes[size])
             modes = arguments.pop("modes", MODES)
@@ -132,7 +119,7 @@ def rows(plan: Plan) -> list[Row]:
                 arguments = {k: math.isqrt(v) + 1 if isinstance(v, int) else v for k, v in arguments.items()}
             for dtype in plan.dtypes:
                 if classes:
-                    cost = spec.cost(benchmark_sample(spec, arguments), getattr(torch, dtype), "forward")
+                    cost = spec.cost(spec.benchmark_sample(**arguments), getattr(torch, dtype), "forward")
                     if size_class(cost) not in classes:
                         continue
                 result += [Row(op, size, dtype, mode, arguments) for mode in modes]
@@ -265,7 +252,7 @@ class Prepared:
         self.turn = 0
         spec, dtype = self.spec, getattr(torch, row.dtype)
         torch._dynamo.reset()
-        sample = benchmark_sample(spec, row.arguments)
+        sample = spec.benchmark_sample(**row.arguments)
         self.options = sample.options
         first = spec.cast(sample, dtype)
         self.wanted = spec.gradients_of(row.mode, first)
@@ -402,7 +389,8 @@ class Session:
             op: [
                 p
                 for p in usable
-                if p.name not in selected([p.name], plan.exclude) and (not plan.sweep or p.name in sweeps.PEERS[op])
+                if p.name not in selected([p.name], plan.exclude)
+                and (not plan.sweep or p.name in sweeps.PEERS.get(op, (p.name,)))
             ]
             for op, (usable, _) in resolved.items()
         }

@@ -28,6 +28,8 @@ REFERENCE_FLOOR = 2.0**-40
 # A plain formula further off than this is not computing the same thing: its error buys no tolerance beyond it.
 PLAIN_CAP = {torch.float64: 2.0**-43, torch.float32: 2.0**-15, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 
+A_FIFTH = math.pi / 16  # of an image: a disc whose radius is a quarter of its side
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -83,6 +85,9 @@ class Spec:
     scratch_bytes: Callable[[Sample, torch.dtype], int]  # extra memory of a forward call
     public: Callable[..., Any] | None = None  # where it takes lists of tensors and `function` does not
     wanted: dict[str, tuple[str, ...]] = field(default_factory=dict)  # benchmark mode -> whose gradients it takes
+    # arguments of `benchmark_sample` and, one varied at a time, other values of them: the plots of time and memory
+    base: dict[str, Any] = field(default_factory=dict)
+    axes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     static: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor -> dimensions fixed under torch.compile
 
     def gradients_of(self, mode: str, tensors: Iterable[str]) -> list[str]:
@@ -99,6 +104,15 @@ class Spec:
                 tensor = tensor.to(dtype if name in self.features + sample.follow else accumulate)
             cast[name] = tensor.to(device)
         return cast
+
+
+def disc(batch: int, size: int, share: float) -> Tensor:
+    """Masks (batch, size, size) of one disc, whose centre moves with the sample: this share of the image."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    i = torch.arange(batch).view(batch, 1, 1)
+    distance = (y - 0.3 * torch.sin(1.0 + i)) ** 2 + (x - 0.3 * torch.cos(2.0 * i)) ** 2
+    nearest = distance.flatten(1).argsort(1)[:, : max(1, round(share * size * size))]
+    return torch.zeros(batch, size * size).scatter_(1, nearest, 1.0).view(batch, size, size)
 
 
 def specs() -> dict[str, Spec]:

@@ -88,7 +88,7 @@ def reports(tmp_path_factory):
         for name, case in described.items()
     }
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FSS_KERNELS_", "TRITON_", "PYTHONPATH"))}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", MATRIX, json.dumps(cases)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

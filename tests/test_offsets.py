@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SPECS, ids
 
 import fss_kernels
 from fss_kernels import testing
@@ -50,54 +51,40 @@ def test_mask_strides_past_2_31():
     assert torch.equal(fss_kernels.masked_avg_pool(x, mask), fss_kernels.masked_avg_pool(x, values))
 
 
-# op -> shapes of its tensors; a mask and the shots come last
-SHAPES = {
-    "masked_avg_pool": ((2, 3, 4, 3), (2, 2, 4, 3)),
-    "dynamic_conv2d": ((2, 3, 4, 3), (2, 3, 3, 3), (2, 3, 1, 3)),
-    "prototype_cosine": ((2, 3, 4, 3), (2, 2, 3)),
-    "hypercorrelation": ((2, 3, 4, 3), (2, 3, 3, 4), (2, 4, 3)),
-    "dense_cosine_max": ((2, 3, 4, 3), (2, 2, 3, 3, 4), (2, 2, 4, 3)),
-    "dense_cosine_match": ((2, 3, 4, 3), (2, 2, 3, 3, 4), (2, 2, 4, 3)),
-}
+def dimensions(sample):
+    """Tensors and their dimensions of more than one element."""
+    return [(name, d) for name, t in sample.tensors.items() for d, n in enumerate(t.shape) if n > 1]
+
+
+def thorough(spec):
+    """Of the samples without an empty tensor the one with the most dimensions, and of those the smallest."""
+    samples = (s for s in spec.samples() if all(t.numel() for t in s.tensors.values()))
+    return min(samples, key=lambda s: (-len(dimensions(s)), sum(t.numel() for t in s.tensors.values())))
+
+
+FAR = [(spec, sample, *place) for spec in SPECS for sample in [thorough(spec)] for place in dimensions(sample)]
 
 
 def far(values, dimension):
-    """The same values with a stride past 2^31 in one dimension; the memory between is never touched."""
+    """The same values, the last ones of a dimension past 2^31; the memory between is never touched."""
     rest = [n for i, n in enumerate(values.shape) if i != dimension]
     strides = list(torch.empty(rest, device="meta").stride())
-    strides.insert(dimension, LARGE)
+    strides.insert(dimension, -(-LARGE // (values.shape[dimension] - 1)))
     span = sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True)) + 1
     return torch.empty(span, dtype=values.dtype).as_strided(values.shape, strides).copy_(values)
 
 
-@pytest.mark.parametrize(
-    "name, position, dimension",
-    [
-        (n, i, d)
-        for n, shapes in SHAPES.items()
-        for i, shape in enumerate(shapes)
-        for d in range(len(shape))
-        if shape[d] > 1
-    ],
-)
-def test_strides_past_2_31_of_every_op(name, position, dimension):
+@pytest.mark.parametrize("spec, sample, tensor, dimension", FAR, ids=ids)
+def test_strides_past_2_31_of_every_op(spec, sample, tensor, dimension):
     """Outputs and gradients are those of the same values close together."""
-    spec, generator = testing.specs()[name], torch.Generator().manual_seed(position)
-    tensors = [torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES[name]]
-    if name not in ("dynamic_conv2d", "prototype_cosine"):
-        tensors[-1] = (tensors[-1] > 0).to(torch.uint8)
-    moved = [far(t, dimension) if i == position else t for i, t in enumerate(tensors)]
-    results = []
-    for values in (tensors, moved):
-        named = {str(i): t for i, t in enumerate(values)}
-        wanted = [n for n, t in named.items() if t.is_floating_point()]
-        results.append(testing.gradients(spec.function, named, {}, wanted))
-    for near, distant in zip(*map(sum, results, ([], [])), strict=True):
-        assert torch.equal(near, distant)
-
-
-def test_every_op_has_shapes():
-    assert SHAPES.keys() == testing.specs().keys()
+    near = spec.cast(sample, torch.bfloat16)
+    distant = {**near, tensor: far(near[tensor], dimension)}
+    wanted = testing.differentiable_names(spec, near)
+    results = [testing.gradients(spec.function, t, sample.options, wanted) for t in (near, distant)]
+    assert all(r.any() for r in results[0][0] + results[0][1])
+    for here, there in zip(*results, strict=True):  # outputs, then gradients
+        for a, b in zip(here, there, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_features_of_more_than_2_31_elements():

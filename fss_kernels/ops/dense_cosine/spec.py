@@ -18,8 +18,7 @@ from torch import Tensor
 from fss_kernels import _library
 from fss_kernels.ops.dense_cosine import dense_cosine_match, dense_cosine_max, reference
 from fss_kernels.ops.dense_cosine.op import match_op, max_op
-from fss_kernels.ops.hypercorrelation.spec import _disc
-from fss_kernels.testing import BadInput, Cost, Sample, Spec
+from fss_kernels.testing import A_FIFTH, BadInput, Cost, Sample, Spec, disc
 
 _DPCN = ((5, 1), (3, 3), (1, 5))
 
@@ -251,16 +250,23 @@ def _max_bad_inputs() -> Iterator[BadInput]:
 
 
 def _benchmark_sample(
-    batch: int, channels: int, grid: int, image: int = 0, dpcn: bool = False, shots: int = 1
+    batch: int,
+    channels: int,
+    grid: int,
+    image: int = 0,
+    dpcn: bool = False,
+    shots: int = 1,
+    foreground: float = A_FIFTH,
 ) -> Sample:
-    """Random features, without a mask or under a foreground disc of about 20 % (image: size of the mask)."""
+    """Random features, without a mask or under a foreground disc of about 20 %, or of that share (image: size of the
+    mask)."""
     generator = torch.Generator().manual_seed(batch)
     tensors = {
         "query": torch.randn(batch, channels, grid, grid, generator=generator),
         "support": torch.randn(batch, shots, channels, grid, grid, generator=generator),
     }
     if image:
-        tensors["mask"] = _disc(batch * shots, image).view(batch, shots, image, image)
+        tensors["mask"] = disc(batch * shots, image, foreground).view(batch, shots, image, image)
     return Sample("benchmark", tensors, {"windows": _DPCN} if dpcn else {})
 
 
@@ -343,6 +349,14 @@ SPECS = {
             "1x512x81x81-fg20": {"batch": 1, "channels": 512, "grid": 81, "image": 641, "modes": ("forward",)},
             "1x2048x60x60-dpcn": {"batch": 1, "channels": 2048, "grid": 60, "image": 473, "dpcn": True},
         },
+        base={"batch": 1, "channels": 512, "grid": 60, "image": 473, "shots": 1},
+        axes={
+            "grid": (30, 45, 60, 90, 128),
+            "channels": (128, 256, 512, 1024, 2048),
+            "batch": (1, 2, 4, 8),
+            "shots": (1, 5, 10),
+            "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
+        },
         scratch_bytes=_scratch_bytes,
         **_COMMON,
     ),
@@ -357,6 +371,8 @@ SPECS = {
         samples=lambda: _common_samples(5),
         bad_inputs=lambda: _common_bad_inputs("dense_cosine_match"),
         sizes={"1x512x60x60": {"batch": 1, "channels": 512, "grid": 60}},
+        base={"batch": 1, "channels": 512, "grid": 60},
+        axes={"grid": (30, 45, 60, 90), "channels": (128, 256, 512, 1024, 2048)},
         scratch_bytes=functools.partial(_scratch_bytes, match=True),
         **_COMMON,
     ),

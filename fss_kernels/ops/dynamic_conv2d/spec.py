@@ -183,6 +183,8 @@ SPEC = Spec(
         "8x512x60x60-nhwc": {"batch": 8, "channels": 512, "grid": 60, "channels_last": True},
         "1x256x60x60": {"batch": 1, "channels": 256, "grid": 60},
     },
+    base={"batch": 4, "channels": 256, "grid": 60},
+    axes={"grid": (30, 45, 60, 90, 128), "channels": (128, 256, 512, 1024), "batch": (1, 2, 4, 8)},
     benchmark_sample=_benchmark_sample,
     wanted={"forward+kernel gradients": _KERNELS},
     static=dict.fromkeys(_KERNELS, (2, 3)),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fss_kernels.ops.hypercorrelation import hypercorrelation, hypercorrelation_pyramid, reference
 from fss_kernels.ops.hypercorrelation.op import op
-from fss_kernels.testing import BadInput, Cost, Sample, Spec
+from fss_kernels.testing import A_FIFTH, BadInput, Cost, Sample, Spec, disc
 
 _FEATURES = tuple(f"{name}{i or ''}" for name in ("query", "support") for i in range(13))
 
@@ -98,13 +98,6 @@ def _lattice(generator: torch.Generator, *shape: int) -> Tensor:
     x = 2 * torch.randint(-2, 3, shape, generator=generator)
     x[:, 0] = 2 * torch.randint(-1, 2, x[:, 0].shape, generator=generator) + 1
     return x.double() / 4
-
-
-def _disc(batch: int, size: int) -> Tensor:
-    """A disc of about 20 % of the image that moves with the sample."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
-    i = torch.arange(batch).view(batch, 1, 1)
-    return ((y - 0.3 * torch.sin(1.0 + i)) ** 2 + (x - 0.3 * torch.cos(2.0 * i)) ** 2 < 0.25).float()
 
 
 def _samples() -> Iterator[Sample]:
@@ -204,9 +197,11 @@ def _bad_inputs() -> Iterator[BadInput]:
     yield bad("clamp", TypeError, "clamp must be a bool, got int", clamp=1)
 
 
-def _benchmark_sample(batch: int, channels: int = 0, grid: int = 0, image: int = 0, stages: Any = None) -> Sample:
-    """Lattice features, without a mask or under a foreground disc of about 20 % (image: size of the mask). ``stages``:
-    the pyramid of these (layers, channels, grid)."""
+def _benchmark_sample(
+    batch: int, channels: int = 0, grid: int = 0, image: int = 0, stages: Any = None, foreground: float = A_FIFTH
+) -> Sample:
+    """Lattice features, without a mask or under a foreground disc of about 20 %, or of that share (image: size of the
+    mask). ``stages``: the pyramid of these (layers, channels, grid)."""
     generator = torch.Generator().manual_seed(batch)
     layers = [(c, n) for count, c, n in stages or ((1, channels, grid),) for _ in range(count)]
     tensors = {
@@ -215,7 +210,7 @@ def _benchmark_sample(batch: int, channels: int = 0, grid: int = 0, image: int =
         for i, (c, n) in enumerate(layers)
     }
     options = {"levels": tuple(count for count, *_ in stages)} if stages else {}
-    return Sample("benchmark", {**tensors, "mask": _disc(batch, image)} if image else tensors, options)
+    return Sample("benchmark", {**tensors, "mask": disc(batch, image, foreground)} if image else tensors, options)
 
 
 def _layers(sample: Sample) -> list[tuple[int, int, int, int, int]]:
@@ -281,6 +276,13 @@ SPEC = Spec(
             "modes": ("forward",),  # HSNet and VAT correlate without a gradient
         },
         "4x1024x25x25": {"batch": 4, "channels": 1024, "grid": 25, "image": 400},
+    },
+    base={"batch": 1, "channels": 512, "grid": 50, "image": 393},
+    axes={
+        "grid": (13, 25, 50, 90),
+        "channels": (128, 256, 512, 1024, 2048),
+        "batch": (1, 2, 4, 8),
+        "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
     },
     benchmark_sample=_benchmark_sample,
     cost=_cost,

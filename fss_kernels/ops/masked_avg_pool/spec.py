@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fss_kernels.ops.masked_avg_pool import masked_avg_pool, reference
 from fss_kernels.ops.masked_avg_pool.op import op
-from fss_kernels.testing import BadInput, Cost, Sample, Spec
+from fss_kernels.testing import A_FIFTH, BadInput, Cost, Sample, Spec, disc
 
 
 def _arguments(
@@ -122,13 +122,19 @@ def _bad_inputs() -> Iterator[BadInput]:
 
 
 def _benchmark_sample(
-    batch: int, channels: int, grid: int, image: int, masks: int = 2, resize: str = "bilinear"
+    batch: int,
+    channels: int,
+    grid: int,
+    image: int,
+    masks: int = 2,
+    resize: str = "bilinear",
+    foreground: float = A_FIFTH,
 ) -> Sample:
-    """Random features under a foreground disc and, with two masks, its background."""
+    """Random features under a foreground disc of about 20 %, or of that share, and, with two masks, its background."""
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, channels, grid, grid, generator=generator)
-    foreground = _blob(batch, 1, image, image).float()
-    mask = foreground if masks == 1 else torch.cat([foreground, 1 - foreground], 1)
+    kept = disc(batch, image, foreground)[:, None]
+    mask = kept if masks == 1 else torch.cat([kept, 1 - kept], 1)
     panet = {"resize": "adjoint", "align_corners": False, "eps": 1e-5}
     return Sample("benchmark", {"features": x, "mask": mask}, panet if resize == "adjoint" else {})
 
@@ -179,6 +185,13 @@ SPEC = Spec(
         },
         "4x256x60x60": {"batch": 4, "channels": 256, "grid": 60, "image": 473},
         "1x512x53x53-adjoint": {"batch": 1, "channels": 512, "grid": 53, "image": 417, "resize": "adjoint"},
+    },
+    base={"batch": 4, "channels": 512, "grid": 60, "image": 473},
+    axes={
+        "grid": (30, 45, 60, 90, 128),
+        "channels": (128, 256, 512, 1024, 2048),
+        "batch": (1, 2, 4, 8, 20),
+        "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
     },
     benchmark_sample=_benchmark_sample,
     cost=_cost,

@@ -149,6 +149,13 @@ SPEC = Spec(
         "4x256x60x60-p2": {"batch": 4, "channels": 256, "grid": 60, "prototypes": 2},
         "8x1024x60x60-p6": {"batch": 8, "channels": 1024, "grid": 60, "prototypes": 6},
     },
+    base={"batch": 4, "channels": 512, "grid": 60, "prototypes": 2},
+    axes={
+        "grid": (30, 45, 60, 90, 128),
+        "channels": (128, 256, 512, 1024, 2048),
+        "batch": (1, 2, 4, 8),
+        "prototypes": (1, 2, 5, 10),
+    },
     benchmark_sample=_benchmark_sample,
     cost=_cost,
     scratch_bytes=_scratch_bytes,
