@@ -163,7 +163,7 @@ int64_t multiply_add_pairs(int64_t steps, float* result) {
     for (int c = 0; c < kChains; ++c) x[c] = _mm512_dpbf16_ps(x[c], a, b);
   }
   for (int c = 1; c < kChains; ++c) x[0] = _mm512_add_ps(x[0], x[c]);
-  *result = _mm512_reduce_add_ps(x[0]);
+  *result = _mm512_cvtss_f32(x[0]);
   return 4 * steps * kChains * 16;
 }
 #pragma GCC pop_options
