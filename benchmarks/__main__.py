@@ -107,9 +107,7 @@ def _fixed_environment() -> dict[str, str]:
 
 def _measured(plan: measure.Plan) -> dict[str, Any]:
     """The results of a plan, measured in a process of its own."""
-    # set before the process starts: the allocator and OpenMP read them once
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # this may run in a test
-    env |= {**environment.ALLOCATOR, "OMP_NUM_THREADS": str(plan.threads)}
+    env = {k: v for k, v in _fixed_environment().items() if not k.startswith("PYTEST_")}  # this may run in a test
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder, "plan.json"))
         raw = Path(folder, "results.json")
