@@ -28,6 +28,7 @@ OPTIONS = {
     "TSAN_OPTIONS": "abort_on_error=1:halt_on_error=1",
 }
 TYPES = "float,bfloat16,float16,double"
+SECONDS = 600  # for all cases of one program; they take a minute or two
 CASES = {"address,undefined": 2000, "thread": 1000}
 
 
@@ -47,7 +48,11 @@ def build(op: str, isa: str, sanitizer: str, directory: Path = PROGRAMS, types: 
 def fuzz(program: Path, seed: int, first: int, count: int) -> str | None:
     """What went wrong in `count` cases from case `first` of a seed, if anything did."""
     command = [str(program), str(seed), str(first), str(count)]
-    done = subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, errors="replace")
+    try:
+        done = subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True, errors="replace",
+                              timeout=SECONDS)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"{' '.join(command)}: not done after {SECONDS} s"
     if done.returncode == 0:
         return None
     options = " ".join(f"{k}={v}" for k, v in OPTIONS.items())

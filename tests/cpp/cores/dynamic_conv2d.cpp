@@ -76,7 +76,7 @@ void one(Random& random) {
   const int64_t pixels = height * width, shift = random.chance(50) ? 0 : random.below(4);
   const bool past = random.chance(50), last = random.chance(50);
   const bool want_x = random.chance(80), want_kernels = !want_x || random.chance(80);
-  const Samples samples(random, batch, channels * pixels);
+  const Samples samples(random, batch, channels * pixels, channels * pixels);
   const int64_t apart = samples.apart;
   note("C", channels, "grid", height, width, "outputs", outputs, "stream", past, "gradients", want_x, want_kernels,
        "kernels");

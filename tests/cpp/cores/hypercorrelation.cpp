@@ -18,7 +18,8 @@ void one(Random& random) {
   const double eps = random.pick({1e-8, 1e-2, 2.0});
   const bool add = random.chance(50), clamp = random.chance(70), past = sizeof(T) >= 4 && random.chance(50);
   const bool want_query = random.chance(80), want_support = !want_query || random.chance(80);
-  const Samples samples(random, batch, query_pixels * support_pixels);
+  const Samples samples(random, batch, query_pixels * support_pixels,
+                        channels * std::max(query_pixels, support_pixels));
   const int64_t apart = samples.apart, shift = random.below(4);
   const int64_t group = apart > 1 ? 1 : random.size(std::max<int64_t>(batch, 1));
   note("C", channels, "query", query_pixels, "support", support_pixels, "eps", eps, add ? "add" : "clamp", "max", clamp,

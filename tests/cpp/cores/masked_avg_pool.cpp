@@ -85,7 +85,7 @@ void one(Random& random) {
   const double eps = random.pick({0.0, 5e-4, 1.0});
   const bool past = random.chance(50), last = random.chance(50);
   const int64_t pixels = height * width, shift = random.below(4);
-  const Samples samples(random, batch, channels * pixels);
+  const Samples samples(random, batch, channels * pixels, std::max(channels, masks) * std::max(pixels, h * (w + 2)));
   const int64_t apart = samples.apart;
   note("M", masks, "C", channels, "grid", height, width, "mask", h, w, "eps", eps, "stream", past);
   const Features<T> x(random, batch, channels, pixels, last, 1, apart);

@@ -18,7 +18,7 @@ void one(Random& random) {
   const bool add = random.chance(50), past = random.chance(50), last = random.chance(50);
   const bool want_features = random.chance(80), want_prototypes = !want_features || random.chance(80);
   const int64_t shift = random.below(4);
-  const Samples samples(random, batch, channels * pixels);
+  const Samples samples(random, batch, channels * pixels, std::max(channels, count) * std::max(pixels, count));
   const int64_t apart = samples.apart, sets = batch > 0 && apart == 1 && random.chance(30) ? 1 : batch;
   note("sets", sets, "P", count, "C", channels, "N", pixels, "eps", eps, add ? "add" : "clamp", "stream", past,
        "gradients", want_features, want_prototypes);
