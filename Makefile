@@ -49,8 +49,8 @@ test: .venv/installed .venv/native
 # Random calls for half an hour, in rounds: each prints its seed, and what it tried of every op, at least 500.
 FUZZ_SECONDS ?= 1800
 fuzz: .venv/installed
-	end=$$(( $$(date +%s) + $(FUZZ_SECONDS) )); while [ $$(date +%s) -lt $$end ]; do \
-	  FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
+	run=$$(date +%s); end=$$(( $$run + $(FUZZ_SECONDS) )); while [ $$(date +%s) -lt $$end ]; do \
+	  FUZZ_RUN=$$run FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
 
 # Every number of the README: ops, networks, host, glyph networks (hours: what has a result is not trained again).

@@ -340,7 +340,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         check: only compare; exit with 1 on a difference
         file: the README
     """
-    from benchmarks import glyphs
+    from benchmarks import glyphs, reliability
     from benchmarks import overhead as costs
     from benchmarks.report import readme_section, replace_section
 
@@ -351,9 +351,10 @@ def readme(check: bool = False, file: str = str(README)) -> int:
     text = Path(file).read_text() if Path(file).exists() else ""
     try:
         new = replace_section(text, readme_section(committed, glyphs.markdown(), costs.markdown()))
+        new = replace_section(new, reliability.markdown(), "reliability")
     except ValueError as error:
-        _say(f"readme: skipped, {file}: {error}")
-        return 0
+        _say(f"readme: {file}: {error}")
+        return 1
     if check:
         _say("readme: up to date" if new == text else "readme: tables differ from the results; run `make readme`")
         return int(new != text)

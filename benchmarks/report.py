@@ -15,8 +15,6 @@ import jinja2
 from benchmarks.measure import OURS
 from benchmarks.targets import fastest_peer, row_entries, version_of
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-
 
 def _templates() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
@@ -230,10 +228,11 @@ def readme_section(files: list[dict[str, Any]], glyphs: str = "", overhead: str 
     )
 
 
-def replace_section(text: str, section: str) -> str:
-    """The text with what stands between the markers replaced; ValueError without markers."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} ... {END}")
-    return f"{head}{BEGIN}\n{section.strip()}\n{END}{tail}"
+def replace_section(text: str, section: str, name: str = "benchmarks") -> str:
+    """The text with what stands between the markers of that name replaced; ValueError without markers."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no {begin} ... {end}")
+    return f"{head}{begin}\n{section.strip()}\n{end}{tail}"

@@ -23,6 +23,7 @@ from benchmarks import (
     models,
     overhead,
     peers,
+    reliability,
     report,
     sweeps,
     targets,
@@ -457,7 +458,8 @@ def test_readme_shows_networks(tmp_path, monkeypatch):
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     file = tmp_path / "README.md"
-    file.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    blocks = [f"<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\n" for name in ("benchmarks", "reliability")]
+    file.write_text("before\n" + "between\n".join(blocks) + "after\n")
     assert command.main(["readme", "--file", str(file)]) == 0
     assert "skipped, no results" in capsys.readouterr().out
     environment.write_json(tmp_path / "results" / "machine.json", results)
@@ -465,12 +467,33 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     assert command.main(["readme", "--file", str(file)]) == 0
     text = file.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
-    assert all(row.size in text for row in ROWS) and "| fastest peer |" in text
+    assert all(row.size in text for row in ROWS) and "| fastest peer |" in text and "between\n<!-- reliab" in text
+    assert "| `make fuzz` |" in text.partition("between")[2]
     assert command.main(["readme", "--check", "--file", str(file)]) == 0
     file.write_text("no markers")
     capsys.readouterr()
-    assert command.main(["readme", "--check", "--file", str(file)]) == 0
-    assert "skipped" in capsys.readouterr().out and file.read_text() == "no markers"
+    assert command.main(["readme", "--check", "--file", str(file)]) == 1
+    assert "no <!-- benchmarks:begin -->" in capsys.readouterr().out and file.read_text() == "no markers"
+
+
+def test_long_runs_are_counted(tmp_path):
+    """Rounds of one fuzz run add up, those of an earlier run do not; a run that was never made says so."""
+    folder, wheels = tmp_path / "reliability", tmp_path / "wheel"
+    assert reliability.markdown(folder, wheels).count("no whole run is recorded yet") == 3
+    reliability.add_round("1", "7", {"masked_avg_pool": 9000}, 1, folder)
+    for seed, count in ((8, 500), (9, 700)):
+        reliability.add_round("2", str(seed), {"masked_avg_pool": count, "dense_cosine_max": 1}, 0, folder)
+    assert [r["seed"] for r in reliability.read("fuzz", folder)["rounds"]] == ["8", "9"]
+    cases = [{"op": op, "isa": "avx2", "sanitizer": s, "count": 30} for op in ("a", "b") for s in ("thread", "address")]
+    reliability.record("sanitize", {"seed": 1, "cases": cases, "failures": ["x"]}, folder)
+    faults = {"a/one": "test", "a/two": None, "b/one": "test"}
+    reliability.record("mutants", {"planted": 3, "caught": 2, "faults": faults}, folder)
+    log = {**environment.environment(), "wheel": {"file": "w.whl"}, "runs": [{"torch": "2.15.0"}, {"torch": "2.10.0"}]}
+    environment.write_json(wheels / "linux.json", log)
+    fuzzed, sanitized, mutants, wheel = reliability.markdown(folder, wheels).splitlines()[2:]
+    assert "2 rounds, 1,202 random calls: dense_cosine_max 2, masked_avg_pool 1,200 | 0 tests failed" in fuzzed
+    assert "60 calls under thread, 60 calls under address: a, b | 1 failed" in sanitized
+    assert "3 planted faults: a 2, b 1 | 2 caught" in mutants and "2.10.0, 2.15.0" in wheel
 
 
 def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, capsys):

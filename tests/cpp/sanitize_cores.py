@@ -63,18 +63,25 @@ def main(ops: list[str]) -> int:
     """Fuzzes the named ops, or all."""
     from fss_kernels import _library
 
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import reliability
+
     isas = [isa for isa in _library.supported_isas() if isa != "avx512_bf16"]  # its screen is part of avx512
     seed = int(time.time())
     print(f"seed {seed}; exit code 1 after a failure")
     jobs = [(op, isa, "address,undefined") for op in ops for isa in isas] + [(op, isas[-1], "thread") for op in ops]
 
-    def job(op: str, isa: str, sanitizer: str) -> bool:
+    def job(op: str, isa: str, sanitizer: str) -> str | None:
         failure = fuzz(build(op, isa, sanitizer), seed, 0, CASES[sanitizer])
         print(f"{op} {isa} {sanitizer}: " + (failure or f"{CASES[sanitizer]} cases passed"), flush=True)
-        return failure is None
+        return failure
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return 0 if all(list(pool.map(job, *zip(*jobs, strict=True)))) else 1
+        failures = [failure for failure in pool.map(job, *zip(*jobs, strict=True)) if failure]
+    if ops == OPS:
+        cases = [dict(zip(("op", "isa", "sanitizer"), j, strict=True), count=CASES[j[2]]) for j in jobs]
+        reliability.record("sanitize", {"seed": seed, "cases": cases, "failures": failures})
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

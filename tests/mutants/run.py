@@ -3,6 +3,8 @@
     python tests/mutants/run.py [name or op ...]        (make mutants)
 
 A mutant is a patch under tests/mutants/<op>/. Prints the test that caught it; exits non-zero when one survives.
+The committed score keeps that test of every fault, as each is done: the next run tries it first, so that only a fault
+that it no longer catches costs the whole suite. Nothing else is taken from the file: every fault is planted again.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +27,9 @@ from rich.table import Table
 from tqdm.contrib.concurrent import thread_map
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks import reliability  # noqa: E402
+
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
@@ -52,15 +59,17 @@ def build(copy: Path) -> None:
     subprocess.run(command, cwd=copy, env=environment(copy), check=True, capture_output=True)
 
 
-def catch(patch: Path, copy: Path) -> str | None:
-    """The id of the first test that fails on the mutant, or None."""
+def catch(patch: Path, copy: Path, before: str | None = None) -> str | None:
+    """The id of the first test that fails on the mutant, or None; ``before``: the one that caught it last time."""
     subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
     try:
         if "csrc/" in first_line(patch):
             build(copy)
-        if of_triton(patch):
-            return failure(copy, ["tests/interpreted"], interpreted=True)
-        return failure(copy, suites({patch.parent.name})[0])
+        triton = of_triton(patch)
+        calls = [["tests/interpreted"] if triton else suites({patch.parent.name})[0]]
+        if before is not None and Path(copy, before.partition("::")[0]).is_file():
+            calls.insert(0, [before])
+        return next((found for call in calls if (found := failure(copy, call, triton))), None)
     finally:
         subprocess.run(["patch", "-p1", "-s", "-R", "-i", patch], cwd=copy, check=True)
 
@@ -98,6 +107,28 @@ def failure(copy: Path, tests: list[str], interpreted: bool = False) -> str | No
     return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else None
 
 
+def name(patch: Path) -> str:
+    """Of a fault in the score: op/fault."""
+    return f"{patch.parent.name}/{patch.stem}"
+
+
+class Score:
+    """The committed outcome of every fault, written as each is done."""
+
+    def __init__(self) -> None:
+        known: dict[str, Any] = reliability.read("mutants") or {"faults": {}}
+        planted = {name(p) for p in ROOT.glob("tests/mutants/*/*.patch")}
+        self.faults: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
+        self.now: dict[str, bool] = {}
+
+    def record(self, patch: Path, caught: str | None) -> None:
+        """Adds an outcome; only those of this run count."""
+        self.now[name(patch)] = caught is not None
+        self.faults[name(patch)] = caught
+        counts = {"planted": len(self.now), "caught": sum(self.now.values())}
+        reliability.record("mutants", counts | {"faults": dict(sorted(self.faults.items()))})
+
+
 def main(names: list[str]) -> int:
     """Runs the mutants of those names or ops, or all."""
     patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or {p.stem, p.parent.name} & {*names})
@@ -119,10 +150,15 @@ def main(names: list[str]) -> int:
             return 1
         copies.put(copy)
 
+        score, lock = Score(), threading.Lock()
+
         def run(patch: Path) -> str | None:
             copy = copies.get()
             try:
-                return catch(patch, copy)
+                caught = catch(patch, copy, score.faults.get(name(patch)))
+                with lock:
+                    score.record(patch, caught)
+                return caught
             finally:
                 copies.put(copy)
 
