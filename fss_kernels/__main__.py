@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -113,7 +114,9 @@ def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -
     console.print(f"verify: {len(rows)} rows, {cases} cases, {verdict}")
     code = 1 if failures or not rows else 0
     interpret = only is None and not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    if interpret and not _library.TRITON_INTERPRETED:
+    if interpret and (fault := _library.interpreter_fault(importlib.metadata.version("triton"))) is not None:
+        console.print(f"triton on the CPU: not run here ({fault})", soft_wrap=True)
+    elif interpret and not _library.TRITON_INTERPRETED:
         console.print("triton on the CPU, interpreted, in a process of its own:")
         code = max(code, _verify_interpreted(ops))
     for op in _library.ops.values() if only is None else ():

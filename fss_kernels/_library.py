@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fss_kernels import _tuning
@@ -79,12 +80,27 @@ def missing(backend: str) -> str | None:
     return unavailable.get(backend)
 
 
+def interpreter_fault(triton: str) -> str | None:
+    """Why the interpreter of this version of Triton cannot run kernels here, or None."""
+    if tuple(int(part) for part in triton.split(".")[:2]) >= (3, 7):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            int(np.zeros(1))  # so it reads the bounds of a loop
+        except TypeError:
+            return f"the interpreter of Triton {triton} does not run loops with NumPy {np.__version__}"
+    return None
+
+
 @functools.cache
 def _triton_fault() -> str | None:
     try:
         triton = importlib.import_module("triton")
         if not TRITON_INTERPRETED:
             triton.runtime.driver.active.get_current_target()
+        elif (fault := interpreter_fault(triton.__version__)) is not None:
+            return fault
     except Exception as error:  # no libcuda, no compiler, another version of something: whatever the driver raises
         lines = str(error).splitlines() or [""]
         return f"Triton does not work here: {type(error).__name__}: {lines[0]}"

@@ -1,6 +1,7 @@
 """``fss-kernels``: what `info` says, and that `verify` fails when something is wrong or nothing was tested."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,26 @@ def test_triton_is_verified_in_the_interpreter(capfd):
     assert __main__._verify_interpreted(["masked_avg_pool"]) == 0
     out = capfd.readouterr().out
     assert "triton" in out and "verify: 4 rows, " in out and ", all within bounds" in out and "reference" not in out
+
+
+def test_an_interpreter_that_cannot_run_is_named(few_rows, monkeypatch, capsys):
+    """Triton before 3.7 takes int() of arrays with one element, which NumPy refuses since 2.4."""
+
+    class Refused:
+        def __int__(self):
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    version = _library.np.__version__
+    monkeypatch.setattr(_library, "np", SimpleNamespace(zeros=lambda _: 0, __version__=version))
+    assert _library.interpreter_fault("3.6.0") is None
+    monkeypatch.setattr(_library, "np", SimpleNamespace(zeros=lambda _: Refused(), __version__=version))
+    assert _library.interpreter_fault("3.7.0") is None and _library.interpreter_fault("4.0") is None
+    fault = _library.interpreter_fault("3.6.0")
+    assert fault == f"the interpreter of Triton 3.6.0 does not run loops with NumPy {version}"
+    monkeypatch.setattr(_library, "interpreter_fault", lambda _: fault)
+    monkeypatch.setattr(__main__, "_verify_interpreted", lambda *_: 1)
+    assert __main__.main(["verify"]) == 0
+    assert torch.cuda.is_available() or f"triton on the CPU: not run here ({fault})" in capsys.readouterr().out
 
 
 def test_verify_takes_known_ops_only(capsys):
