@@ -402,7 +402,7 @@ def measure_rows(stage: str, record: Record, clock: Clock, done: set[str], deadl
             text = f"refused: {entry['refused']}"
             if entry["seconds"]:
                 text = f"{entry['seconds']['median'] * 1e6:10.1f} us {entry['roof_fraction']:5.0%} of the roof"
-            print(f"{row.id} {entry['provider']:26} {text}"[:240], flush=True)
+            print(f"{row.id} {entry['provider']:28} {text}"[:240], flush=True)
         gc.collect()
         if clock.cuda:
             torch.cuda.synchronize()  # raises when a kernel broke the context: the supervisor starts a new process

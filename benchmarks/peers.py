@@ -159,7 +159,7 @@ def autotuned(function: Function) -> Function:
 
 
 def _autotuned_peer(op: str, name: str, function: Function, cannot: str, **fields: Any) -> None:
-    cannot = f"{cannot}; times candidates for up to half a minute per shape"
+    cannot = f"{cannot}; needs up to a minute of compilation per shape"
     peer(op, f"max-autotune({name})", cannot, **fields)(lambda tensors, options: autotuned(function))
 
 
