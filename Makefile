@@ -116,7 +116,7 @@ gpu-wheels: .venv/installed
 	$(PY) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d gpu-wheels \
 	  rich markdown-it-py mdurl pygments tqdm 'jsonargparse[signatures]' docstring-parser typeshed-client pyyaml \
-	  faiss-cpu pycocotools torchmetrics lightning-utilities pybind11
+	  faiss-cpu pycocotools torchmetrics lightning-utilities pybind11 flash-maxsim late-interaction-kernels
 	$(PY) -m pip wheel -q --no-deps -w gpu-wheels pykeops keopscore
 
 clean:

@@ -143,9 +143,9 @@ def _finish(results: dict[str, Any], path: Path) -> int:
                 speed = (
                     f"{e['seconds']['median'] * 1e3:9.3f} ms {e['ratio_to_ours']:8.2f}x ours {e['roof_fraction']:5.0%}"
                 )
-                _say(f"  {e['provider']:24} {speed} of the roof, {(e['extra_bytes'] or 0) / 1e6:8.2f} MB extra")
+                _say(f"  {e['provider']:28} {speed} of the roof, {(e['extra_bytes'] or 0) / 1e6:8.2f} MB extra")
             else:
-                _say(f"  {e['provider']:24} refused: its numbers are wrong")
+                _say(f"  {e['provider']:28} refused: its numbers are wrong")
     for record in results.get("peers", []):
         if record["error"] is not None and record["optional"]:
             _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")

@@ -212,7 +212,7 @@ def providers(
         else:
             missing[f"{measure.OURS}:{backend}"] = reason
     usable, records = peers.resolve(row.op)
-    usable = [p for p in usable if p.applies(row.arguments)]
+    usable = [p for p in usable if p.takes(row.arguments, row.mode)]
     names = {p.name for p in usable}
     eager = [p.name for p in usable if f"compile({p.name})" in names]
     if stage == "core":
@@ -226,7 +226,7 @@ def providers(
             missing[p.name] = _text(error)
     for name in eager if stage == "peers" else ():
         if name in found:
-            found[f"max-autotune({name})"] = peers.compiled(found[name], mode="max-autotune-no-cudagraphs")
+            found.setdefault(f"max-autotune({name})", peers.autotuned(found[name]))
     return found, missing
 
 
@@ -402,7 +402,7 @@ def measure_rows(stage: str, record: Record, clock: Clock, done: set[str], deadl
             text = f"refused: {entry['refused']}"
             if entry["seconds"]:
                 text = f"{entry['seconds']['median'] * 1e6:10.1f} us {entry['roof_fraction']:5.0%} of the roof"
-            print(f"{row.id} {entry['provider']:26} {text}"[:240], flush=True)
+            print(f"{row.id} {entry['provider']:28} {text}"[:240], flush=True)
         gc.collect()
         if clock.cuda:
             torch.cuda.synchronize()  # raises when a kernel broke the context: the supervisor starts a new process
@@ -433,7 +433,7 @@ def run(stage: str, path: Path, dry: bool, seconds: float) -> int:
         return 2
     done = {line["group"] for line in lines(path) if line["kind"] == "begin"} if path.exists() else set()
     clock = Clock(dry)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = True  # convolutions among the peers are cuDNN's fastest
     if dry:
         torch.set_num_threads(1)  # shapes are too small for more
     record = partial(append, path)

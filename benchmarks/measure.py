@@ -132,7 +132,7 @@ def schedule(plan: Plan, usable: Mapping[str, list[peers.Peer]]) -> list[Visit]:
     visits = []
     for row in rows(plan):
         providers = [OURS, *(f"ceiling:{kind}" for kind in ceilings.KINDS)]
-        providers += [p.name for p in usable[row.op] if p.applies(row.arguments)]
+        providers += [p.name for p in usable[row.op] if p.takes(row.arguments, row.mode)]
         for n in range(plan.rounds):
             visits += [Visit(row, n, provider) for provider in order.sample(providers, len(providers))]
     return visits
@@ -260,7 +260,7 @@ class Prepared:
         self.scratch_bytes = spec.scratch_bytes(sample, dtype)
 
         functions = {OURS: spec.function}
-        functions |= {p.name: p.build(first, sample.options) for p in usable if p.applies(row.arguments)}
+        functions |= {p.name: p.build(first, sample.options) for p in usable if p.takes(row.arguments, row.mode)}
         self.verdicts = gate(spec, dtype, sample, first, self.wanted, functions)
         self.refused = self.verdicts[OURS].message  # our own error refuses the row
         copies = rotations(nbytes(first[n] for n in spec.features if n in first))

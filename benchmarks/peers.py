@@ -5,6 +5,7 @@ A peer is called exactly as the op. Its builder may compile; it sees the size's 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -29,6 +30,11 @@ class Peer:
     applies: Callable[[Mapping[str, Any]], bool]  # to a size: arguments of the spec's benchmark_sample
     version: Callable[[], str]
     optional: bool = False  # may be missing without failing the run
+    backward: bool = True  # has gradients
+
+    def takes(self, size: Mapping[str, Any], mode: str) -> bool:
+        """Whether this peer has a place in a row."""
+        return self.applies(size) and (self.backward or mode == "forward")
 
 
 registry: dict[str, list[Peer]] = defaultdict(list)
@@ -45,11 +51,12 @@ def peer(
     applies: Callable[[Mapping[str, Any]], bool] = lambda size: True,
     version: Callable[[], str] = lambda: f"torch {torch.__version__}",
     optional: bool = False,
+    backward: bool = True,
 ) -> Callable[[Build], Build]:
     """Registers a builder as a peer of ``op``."""
 
     def register(build: Build) -> Build:
-        registry[op].append(Peer(name, build, cannot, applies, version, optional))
+        registry[op].append(Peer(name, build, cannot, applies, version, optional, backward))
         return build
 
     return register
@@ -142,6 +149,35 @@ def compiled(function: Function, **options: Any) -> Function:
     return torch.compile(function, **{**options, **COMPILE})
 
 
+# The mode "max-autotune-no-cudagraphs", which leaves no room for an option, without its table a product on stderr.
+MAX_AUTOTUNE = {"max_autotune": True, "coordinate_descent_tuning": True, "autotune_num_choices_displayed": 0}
+
+
+def autotuned(function: Function) -> Function:
+    """The function under torch.compile, which times several codes for every matrix product."""
+    return compiled(function) if "backend" in COMPILE else compiled(function, options=MAX_AUTOTUNE)
+
+
+def _autotuned_peer(op: str, name: str, function: Function, cannot: str, **fields: Any) -> None:
+    cannot = f"{cannot}; needs up to a minute of compilation per shape"
+    peer(op, f"max-autotune({name})", cannot, **fields)(lambda tensors, options: autotuned(function))
+
+
+def _gpu_version(module: str, extra: str = "") -> Callable[[], str]:
+    """The version of a module whose code for this op runs on a GPU alone."""
+
+    def version() -> str:
+        try:
+            found = importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"{error}; pip install '.[{extra}]'") from None
+        if not torch.cuda.is_available():
+            raise ImportError(f"{module} {found.__version__} does this on a GPU only, and PyTorch sees none")
+        return f"{module} {found.__version__}"
+
+    return version
+
+
 @peer("masked_avg_pool", "eager", "writes features * mask for every mask and has no NaN rule", _is_bilinear)
 def _(tensors, options):
     return _eager
@@ -165,6 +201,15 @@ def _(tensors, options):
 @peer("masked_avg_pool", "compile(bmm)", "needs seconds of compilation per shape and has no NaN rule", _is_bilinear)
 def _(tensors, options):
     return compiled(_bmm)
+
+
+_autotuned_peer(
+    "masked_avg_pool",
+    "bmm",
+    _bmm,
+    "returns the gradient transposed in memory and has no NaN rule",
+    applies=_is_bilinear,
+)
 
 
 @peer(
@@ -295,6 +340,10 @@ def _register_convolutions() -> None:
 
 
 _register_convolutions()
+# No product is among the shifted planes: on a CPU there is nothing to choose from, and the code is that of the default.
+_autotuned_peer(
+    "dynamic_conv2d", "shifted", _shifted, "reads x once for every tap", version=_gpu_version("torch"), optional=True
+)
 
 
 # ---- prototype_cosine ----------------------------------------------------------------------------------------------
@@ -340,6 +389,7 @@ def _register_cosines() -> None:
 
 
 _register_cosines()
+_autotuned_peer("prototype_cosine", "folded-bmm", _folded_norms, _COSINES["folded-bmm"][1])
 
 
 # ---- hypercorrelation ----------------------------------------------------------------------------------------------
@@ -401,6 +451,7 @@ def _register_correlations() -> None:
 
 
 _register_correlations()
+_autotuned_peer("hypercorrelation", "cosine-bmm", _stacked(_cosine_bmm), _CORRELATIONS["cosine-bmm"][1])
 
 
 # ---- dense_cosine_max, dense_cosine_match --------------------------------------------------------------------------
@@ -566,6 +617,13 @@ def _register_dense_cosines() -> None:
 
 
 _register_dense_cosines()
+for _op, _name in (
+    ("dense_cosine_max", "argmax-gather"),
+    ("dense_cosine_max", "one-matrix"),
+    ("dense_cosine_match", "both-maxima"),
+):
+    _function, _cannot, _applies = _DENSE_COSINES[_op][_name]
+    _autotuned_peer(_op, _name, _function, _cannot, applies=_applies)
 
 
 @peer("dense_cosine_max", "faiss", "takes one normalised, transposed sample at a time", _pixels, _faiss_version, True)
@@ -599,3 +657,71 @@ def _small_pixels(size: Mapping[str, Any]) -> bool:  # its sums over channels ar
       _keops_version, True)  # fmt: skip
 def _(tensors, options):
     return _keops_argmax
+
+
+def _unit_rows(query: Tensor, support: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Normalised pixels (N, Nq, C) and (N, Ns, C); those of the background are 0."""
+    q, s, kept = _by_shot(query, support, mask)
+    s = s if kept is None else s * kept
+    return F.normalize(q.flatten(2), dim=1).mT.contiguous(), F.normalize(s.flatten(2), dim=1).mT.contiguous()
+
+
+# Not run on a GPU yet; on a CPU FlexAttention returns no maxima.
+@peer("dense_cosine_max", "flex-attention", "copies both sides, goes on to a softmax, has no index and no gradient",
+      _pixels, _gpu_version("torch"), optional=True, backward=False)  # fmt: skip
+def _(tensors, options):
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    attention = compiled(flex_attention)
+
+    def run(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, s = _unit_rows(query, support, mask)
+        values = s.new_zeros(len(s), 1, s.shape[1], 16)  # the narrowest it takes
+        _, found = attention(q[:, None], s[:, None], values, scale=1.0, return_aux=AuxRequest(max_scores=True))
+        return _like_scores(found.max_scores, query, support)
+
+    return run
+
+
+MaxSim = Callable[[Tensor, Tensor], Tensor]
+
+
+def maxsim_map(maxsim: MaxSim) -> Function:
+    """The op from sums over a query's tokens of their best scores: tokens (n, l, C), others (1, m, C) -> (n, 1).
+
+    Without gradient, queries have 128 pixels, and the gradient of the sum to a pixel is its winner. With gradient every
+    pixel is a query of its own: within a query all pixels would share one factor.
+    """
+
+    def best(pixels: Tensor, others: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return maxsim(pixels[:, None], others)[:, 0]
+        tokens = F.pad(pixels, (0, 0, 0, -len(pixels) % 128)).unflatten(0, (-1, 128)).detach()
+        with torch.enable_grad():
+            (winners,) = torch.autograd.grad(maxsim(tokens.requires_grad_(), others).sum(), tokens)
+        return (pixels * winners.flatten(0, 1)[: len(pixels)]).sum(1)
+
+    def run(query: Tensor, support: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, s = _unit_rows(query, support, mask)
+        return _like_scores(torch.stack([best(x, y[None]) for x, y in zip(q, s, strict=True)]), query, support)
+
+    return run
+
+
+_SUMS_ONLY = "returns only the sum over a query: pixels come from its gradient, or from one query a pixel"
+
+
+# Not run on a GPU yet, both.
+@peer("dense_cosine_max", "flash-maxsim", _SUMS_ONLY, _pixels, _gpu_version("flash_maxsim", "gpu-peers"), True)
+def _(tensors, options):
+    from flash_maxsim import flash_maxsim_batched_train
+
+    return maxsim_map(flash_maxsim_batched_train)
+
+
+@peer("dense_cosine_max", "late-interaction-kernels", _SUMS_ONLY, _pixels,
+      _gpu_version("late_interaction_kernels", "gpu-peers"), True)  # fmt: skip
+def _(tensors, options):
+    from late_interaction_kernels import maxsim
+
+    return maxsim_map(maxsim)

@@ -31,7 +31,8 @@ from benchmarks import (
 from fss_kernels import testing
 
 OPS = tuple(testing.specs())
-PLAN = measure.Plan(OPS, tiny=True, exclude=("*compile*",))
+COMPILED = ("*compile*", "max-autotune*", "flex-attention")
+PLAN = measure.Plan(OPS, tiny=True, exclude=COMPILED)
 ROWS = measure.rows(PLAN)[:2] + measure.rows(PLAN)[-2:]
 
 
@@ -43,7 +44,7 @@ def small_cache(monkeypatch):
 
 def eager_peers(row: measure.Row) -> list[peers.Peer]:
     usable, _ = peers.resolve(row.op)
-    return [p for p in usable if "compile" not in p.name]
+    return [p for p in usable if not measure.selected([p.name], COMPILED)]
 
 
 def fake_samples(prepared: measure.Prepared, ours: float = 1.0, peer: float = 2.0) -> dict:
@@ -79,7 +80,82 @@ def test_peers_compute_the_op(row):
     names = {p.name for p in eager_peers(row)}
     prepared = measure.Prepared(row, eager_peers(row))
     assert names and {n: v.message for n, v in prepared.verdicts.items() if v.message} == {}
-    assert set(prepared.calls) - {measure.OURS} == {p.name for p in eager_peers(row) if p.applies(row.arguments)}
+    assert set(prepared.calls) - {measure.OURS} == {
+        p.name for p in eager_peers(row) if p.takes(row.arguments, row.mode)
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autotuned_peers_compute_the_op(op, monkeypatch):
+    """Traced, not tuned: the backend that only traces takes no options."""
+    monkeypatch.setattr(peers, "COMPILE", {**peers.COMPILE, "backend": "aot_eager", "mode": None})
+    chosen = [p for p in peers.registry[op] if p.name.startswith("max-autotune")]
+    assert chosen
+    last = {r.mode: r for p in chosen for r in measure.rows(measure.Plan((op,), tiny=True)) if p.applies(r.arguments)}
+    for row in last.values():
+        prepared = measure.Prepared(row, chosen)
+        assert {n: v.message for n, v in prepared.verdicts.items() if v.message} == {}
+        assert set(prepared.calls) - {measure.OURS} == {p.name for p in chosen if p.applies(row.arguments)}
+
+
+def test_a_product_is_autotuned(monkeypatch, capfd):
+    """Several codes are timed, and the table of them does not reach the terminal."""
+    from torch._inductor import config, select_algorithm
+
+    tried = []
+    monkeypatch.setattr(select_algorithm, "_log_autotune_choices_stats", lambda name, timings: tried.append(timings))
+    a, b = torch.randn(2, 8, 64), torch.randn(2, 64, 32)
+    with config.patch(fx_graph_cache=False, autotune_local_cache=False), torch.no_grad():
+        product = peers.autotuned(torch.bmm)(a, b)
+    torch.testing.assert_close(product.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+    assert len(tried[0]) > 1 and "AUTOTUNE" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mode", measure.MODES)
+def test_peers_of_a_gpu_compute_the_op(mode, monkeypatch):
+    """With plain code in place of the kernels: sums over a query, and attention that returns its largest scores."""
+    from torch.nn.attention import flex_attention as flex
+
+    def sums(tokens, others):
+        return torch.einsum("qic,njc->qnij", tokens, others).amax(3).sum(2)
+
+    def attention(q, s, values, scale, return_aux):
+        assert return_aux.max_scores and values.shape == (*s.shape[:3], 16)
+        return q, SimpleNamespace(max_scores=scale * (q @ s.mT).amax(-1))
+
+    monkeypatch.setattr(flex, "flex_attention", attention)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
+    peer = next(p for p in peers.registry["dense_cosine_max"] if p.name == "flex-attention")
+    functions = {"sums": peers.maxsim_map(sums)} | ({"attention": peer.build({}, {})} if mode == "forward" else {})
+    spec = testing.specs()["dense_cosine_max"]
+    rows = measure.rows(measure.Plan((spec.name,), tiny=True))
+    for row in (r for r in rows if r.mode == mode and not r.arguments.get("dpcn")):
+        sample = spec.benchmark_sample(**row.arguments)
+        first = spec.cast(sample, torch.float32)
+        verdicts = measure.gate(spec, torch.float32, sample, first, spec.gradients_of(mode, first), functions)
+        assert {n: v.message for n, v in verdicts.items()} == dict.fromkeys(functions, ""), row.id
+
+
+def test_peers_of_a_gpu_are_named(monkeypatch):
+    """Neither installed nor a GPU: one line each. A peer without gradient has no place in rows with one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    modules = {"flash-maxsim": "flash_maxsim", "late-interaction-kernels": "late_interaction_kernels"}
+    for module in modules.values():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(__version__="1.2"))
+    usable, records = peers.resolve("dense_cosine_max")
+    errors = {r["name"]: r["error"] for r in records if r["optional"]}
+    assert not {p.name for p in usable} & {"flex-attention", *modules}
+    assert all("GPU only" in errors[n] and "\n" not in errors[n] for n in ("flex-attention", *modules))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        errors = {r["name"]: r["error"] for r in peers.resolve("dense_cosine_max")[1]}
+        assert module in errors[name] and "gpu-peers" in errors[name]
+    flex = next(p for p in peers.registry["dense_cosine_max"] if p.name == "flex-attention")
+    assert [flex.takes({}, mode) for mode in measure.MODES] == [True, False]
+    assert not flex.takes({"dpcn": True}, "forward")
+    plan = dataclasses.replace(PLAN, ops=("dense_cosine_max",), rounds=1)
+    modes = {v.row.mode for v in measure.schedule(plan, {"dense_cosine_max": [flex]}) if v.provider == flex.name}
+    assert modes == {"forward"}
 
 
 def test_every_op_has_peers_for_every_size():
@@ -546,7 +622,7 @@ def test_run_from_end_to_end(tmp_path, capsys):
     out = tmp_path / "results.json"
     spec = testing.specs()[OPS[0]]
     size = next(iter(spec.sizes))
-    options = ["--tiny", "--sizes", size, "--exclude", "*compile*", "--rounds", "2", "--repeats", "2"]
+    options = ["--tiny", "--sizes", size, "--exclude", *COMPILED, "--rounds", "2", "--repeats", "2"]
     assert command.main(["run", OPS[0], *options, "--out", str(out)]) == 0, capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["failures"] == [] and "clean" in found["environment"] and "commit" in found["environment"]
