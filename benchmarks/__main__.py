@@ -167,10 +167,10 @@ def _committed() -> list[dict[str, Any]]:
 
 
 def _newest() -> list[dict[str, Any]]:
-    """The committed files that hold the newest results of some op, each with those ops alone."""
-    newest = {op: results for results in _committed() for op in results["plan"]["ops"]}
+    """The committed files that hold a machine's newest results of some op, each with those ops alone."""
+    newest = {(r["environment"]["cpu"], op): r for r in _committed() for op in r["plan"]["ops"]}
     files: dict[str, dict[str, Any]] = {}
-    for op, results in newest.items():
+    for (_, op), results in newest.items():
         mine = files.setdefault(results["file"], {**results, "rows": [], "peers": []})
         mine["rows"] += [r for r in results["rows"] if r["op"] == op]
         mine["peers"] += [p for p in results["peers"] if p["op"] == op]
@@ -181,7 +181,7 @@ def check(files: list[str] = (), allow_short: bool = False, lines: str = str(tar
     """Compares results with every Speed line.
 
     Args:
-        files: result files, each with every line; when none is given, the newest of benchmarks/results for every op
+        files: result files, each with every line; without, every machine's newest of benchmarks/results for every op
         allow_short: exit with 0 although lines fall short
         lines: the file of lines
     """
@@ -258,10 +258,10 @@ def plot(files: list[str] = (), out: str = "report/plots") -> int:
     from benchmarks.report import plots
 
     count = 0
-    for results in [json.loads(Path(f).read_text()) for f in files] or _newest():
+    for results in [{**json.loads(Path(f).read_text()), "file": Path(f).name} for f in files] or _newest():
         if not any("share_in_ops" in row for row in results["rows"]):
             for name, svg in plots(results).items():
-                environment.write_text(Path(out, f"{name}.svg"), svg)
+                environment.write_text(Path(out, Path(results["file"]).stem, f"{name}.svg"), svg)
                 count += 1
     _say(f"{count} plots -> {out}")
     return int(count == 0)

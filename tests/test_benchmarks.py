@@ -272,7 +272,7 @@ def test_plot_writes_every_row(results, tmp_path):
     file, out = tmp_path / "results.json", tmp_path / "plots"
     environment.write_json(file, results)
     assert command.main(["plot", str(file), "--out", str(out)]) == 0
-    written = sorted(out.glob("*.svg"))
+    written = sorted((out / file.stem).glob("*.svg"))
     assert len(written) == len(ROWS) + len({(r.op, r.dtype, r.mode) for r in ROWS})
     assert all(measure.OURS in p.read_text() for p in written)
 
@@ -297,8 +297,8 @@ def test_sweeps_vary_one_number(tmp_path):
     environment.write_json(tmp_path / "sweep.json", found)
     assert command.main(["plot", str(tmp_path / "sweep.json"), "--out", str(tmp_path)]) == 0
     names = {"masked_avg_pool-against-batch", "masked_avg_pool-against-foreground"}
-    assert {p.stem for p in tmp_path.glob("*.svg")} == names
-    assert "fss_kernels" in (tmp_path / "masked_avg_pool-against-batch.svg").read_text()
+    assert {p.stem for p in tmp_path.glob("sweep/*.svg")} == names
+    assert "fss_kernels" in (tmp_path / "sweep" / "masked_avg_pool-against-batch.svg").read_text()
     html = report.render({**environment.environment(), **found, "failures": [], "notes": [],
                           "ceilings": {"before": {}, "after": {}}}, sweeps=[found])  # fmt: skip
     assert "masked_avg_pool against foreground" in html
@@ -573,12 +573,14 @@ def test_long_runs_are_counted(tmp_path):
 
 
 def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, capsys):
-    """An older file keeps the ops that a newer one has not; a line of an op without results is missing."""
+    """An older file keeps the ops that a newer one has not, and another machine its own; a line of an op without
+    results is missing."""
     monkeypatch.setattr(command, "RESULTS", tmp_path)
 
-    def write(name, op, date):
+    def write(name, op, date, cpu=results["environment"]["cpu"]):
         one = copy.deepcopy(results)
-        one["environment"]["date"], one["plan"]["ops"] = date, [op]
+        one["environment"] |= {"date": date, "cpu": cpu}
+        one["plan"]["ops"] = [op]
         for record in one["rows"] + one["peers"]:
             record["op"] = op
         environment.write_json(tmp_path / f"{name}.json", one)
@@ -587,15 +589,16 @@ def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, ca
     write("a", "one", "2026-01-01T00:00:00+00:00")
     rows = write("b", "one", "2026-01-03T00:00:00+00:00")
     write("c", "two", "2026-01-02T00:00:00+00:00")
+    write("d", "two", "2026-01-01T00:00:00+00:00", "another")
     chosen = {f["file"]: {r["op"] for r in f["rows"]} for f in command._newest()}
-    assert chosen == {"b.json": {"one"}, "c.json": {"two"}}
+    assert chosen == {"b.json": {"one"}, "c.json": {"two"}, "d.json": {"two"}}
     ours = next(r for r in rows if r["provider"] == measure.OURS)
     lines = tmp_path / "lines.toml"
     line = '[[line]]\nop = "{}"\nsize = "{}"\ndtype = "{}"\nmode = "{}"\nmetric = "roof"\nat_least = 0\nissue = "x"\n'
     key = [ours[n] for n in ("size", "dtype", "mode")]
     lines.write_text(line.format("one", *key) + line.format("two", *key))
     assert command.main(["check", "--lines", str(lines)]) == 0
-    assert "2 pass, 0 SHORT, 0 MISSING" in capsys.readouterr().out
+    assert "3 pass, 0 SHORT, 0 MISSING" in capsys.readouterr().out
     lines.write_text(line.format("one", *key) + line.format("three", *key))
     assert command.main(["check", "--lines", str(lines)]) == 1
     assert "not measured: three" in capsys.readouterr().out
