@@ -481,7 +481,7 @@ def test_readme_says_where_the_time_of_a_network_goes(tmp_path):
 
 def test_time_in_ops_is_kept_apart(monkeypatch):
     """Forward and backward of an op count for it and for no other; afterwards everything is as it was."""
-    slow = {"masked_avg_pool": ("forward", 0.02), "prototype_cosine": ("backward", 0.05)}
+    slow = {"masked_avg_pool": ("forward", 0.02), "prototype_cosine": ("backward", 0.3)}
     for name, (direction, seconds) in slow.items():
         implementation = _library.ops[name].backends["reference"]
         kept = getattr(implementation, direction)
@@ -499,7 +499,7 @@ def test_time_in_ops_is_kept_apart(monkeypatch):
         fss_kernels.masked_avg_pool(x, torch.ones(1, 4, 4))
         fss_kernels.prototype_cosine(x, p).sum().backward()
     assert set(inside) == set(slow)
-    assert 0.02 <= inside["masked_avg_pool"] < 0.045 and 0.05 <= inside["prototype_cosine"] < 0.5
+    assert 0.02 <= inside["masked_avg_pool"] < 0.3 <= inside["prototype_cosine"]
     assert before == functions()
 
 
@@ -529,6 +529,7 @@ def test_a_network_with_wrong_numbers_gets_no_speed(tmp_path, monkeypatch, capsy
     assert len(found["failures"]) == 3 and "RuntimeError: out of order" in found["failures"][0]
     assert "wrong: differs from the reference by 1.1e-03" in found["failures"][1]
     assert capsys.readouterr().out.count(" ms ") == 3
+    assert models.distance((right, right), (right, right / 0)) == float("inf")
     broken = task({measure.OURS: right.clone, "reference": lambda: right / 0})
     assert set(models.measure_task(broken, models.QUICK)) == {measure.OURS, "reference"}
 
@@ -558,7 +559,7 @@ def test_a_hopeless_provider_sits_out_after_two_rounds(monkeypatch):
     assert [models.sits_out(one, n, d) for d in (1, 2) for n in one.calls] == [False] * 5 + [True]
     one = task(one.calls, plan)
     calls = dict.fromkeys(one.calls, 0)
-    for name, seconds in ((measure.OURS, 0.001), ("reference", 0.001), ("literal", 0.1)):
+    for name, seconds in ((measure.OURS, 0.001), ("reference", 0.001), ("literal", 0.2)):
         one.calls[name] = lambda name=name, seconds=seconds: (
             time.sleep(seconds),
             calls.update({name: calls[name] + 1}),
