@@ -151,7 +151,7 @@ def run(
     good = True
     library = environment.ROOT / "fss_kernels" / "_fss_cuda.so"
     sources = any(environment.ROOT.glob("csrc/*/*_cuda.cu"))
-    if stage == "build-test" or (stage != "models" and sources and not dry and not library.exists()):
+    if stage == "build-test" or (sources and not dry and not library.exists()):
         good = build(out, stage, dry, start + 0.4 * limit)
     if stage == "build-test":
         good = tests(out, stage, start + 0.8 * limit) and good

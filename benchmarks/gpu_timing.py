@@ -2,8 +2,8 @@
 
 Clocks of a row: *graph*, replays of a CUDA graph of at least 30 calls over inputs and results that rotate through at
 least four times the L2 cache; *do_bench*, single calls between events after a flush of the cache, as Triton times;
-*wall*, the host's time a call. Providers take turns in random order. With ``dry`` everything runs on the CPU with tiny
-shapes, plain loops in place of graphs and events.
+*wall*, the host's time a call. Networks have *events*, single calls between events, and *wall*. Providers take turns in
+random order. With ``dry`` everything runs on the CPU with tiny shapes, plain loops in place of graphs and events.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import environment, measure, peers
+from benchmarks import environment, measure, models, peers
 from benchmarks.gpu import append, lines
 from fss_kernels import _library, testing
 from fss_kernels.testing import Cost, Spec
@@ -35,6 +36,7 @@ CALLS = 30  # least number of calls in a graph
 ROTATION = 256 << 20  # least bytes of rotating inputs
 ROUNDS = 8
 DTYPES = ("float32", "bfloat16")
+NETWORK_BATCH = 8  # DPCN's on PASCAL-5i
 
 
 class Clock:
@@ -375,38 +377,158 @@ class Group:
         }
 
 
-def measure_rows(stage: str, record: Record, clock: Clock, done: set[str], deadline: float) -> str:
-    """Calibrates, measures every row that is not done, calibrates again; returns how the stage ended."""
-    plan = measure.Plan(tuple(testing.specs()), DTYPES, tiny=not clock.cuda)
-    rows = measure.rows(plan)
+# ---- networks ------------------------------------------------------------------------------------------------------
+
+
+def network_plan(clock: Clock) -> models.Plan:
+    """ResNet-50 at 473 x 473; a dry run has the tiny backbone."""
     if not clock.cuda:
-        rows = list({row.op: row for row in rows}.values())  # the last one of every op
+        return models.QUICK
+    return models.Plan(batch=NETWORK_BATCH, device=clock.device)
+
+
+@contextlib.contextmanager
+def _full_precision():
+    """Convolutions without TF32, which would round away what providers differ by, and without atomic additions."""
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision, torch.backends.cudnn.deterministic
+    convolutions.fp32_precision, torch.backends.cudnn.deterministic = "ieee", True
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision, torch.backends.cudnn.deterministic = before
+
+
+def network_entries(task: models.Task, clock: Clock, missing: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One entry a provider of a network: checked against the reference, then timed in turns."""
+    with _full_precision():
+        verdicts = models.verdicts(task)
+    refused = {**missing, **{n: v.message for n, v in verdicts.items() if v.message}}
+    calls = {n: call for n, call in task.calls.items() if n not in refused}
+    memory: dict[str, dict[str, int | None]] = {}
+    for name, call in calls.items():
+        call()  # the first step makes the optimizer's buffers
+        memory[name] = {"extra_bytes": _extra_bytes(call, clock)}
+        memory[name]["peak_bytes"] = torch.cuda.max_memory_allocated() if clock.cuda else None
+    samples: dict[str, dict[str, list[list[float]]]] = {n: {"events": [], "wall": []} for n in calls}
+    order = random.Random(0)
+    for _ in range(clock.rounds):
+        for name in order.sample(list(calls), len(calls)):
+            samples[name]["events"].append(clock.repeated(calls[name], 3))
+            samples[name]["wall"].append([clock.wall(calls[name], 3)])
+    entries = []
+    empty = ("clock", "seconds", "spread", "clocks", "roof_fraction", "ratio_to_ours", "throughput")
+    for name in [*task.calls, *missing]:
+        verdict = verdicts.get(name)
+        entry: dict[str, Any] = {
+            "provider": name,
+            "correct": not verdict.message if verdict else None,
+            "max_error": verdict.max_error if verdict and math.isfinite(verdict.max_error) else None,
+            "refused": refused.get(name),
+            "batch": task.batch,
+            **dict.fromkeys((*empty, "extra_bytes", "peak_bytes")),
+            **memory.get(name, {}),
+        }
+        if name in calls:
+            clocks = {k: measure.quantiles(s for r in v for s in r) for k, v in samples[name].items()}
+            rounds = [statistics.median(r) for r in samples[name]["events"]]
+            seconds = clocks["events"]["median"]
+            entry |= {
+                "clock": "events",
+                "seconds": {**clocks["events"], "samples": sum(map(len, samples[name]["events"]))},
+                "spread": (max(rounds) - min(rounds)) / seconds,
+                "clocks": clocks,
+                "throughput": task.batch / seconds,  # episodes a second
+            }
+        entries.append(entry)
+    default = next((e["seconds"] for e in entries if e["provider"] == f"{measure.OURS}:default"), None)
+    for e in entries if default else ():
+        e["ratio_to_ours"] = e["seconds"]["median"] / default["median"] if e["seconds"] else None
+    return entries
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a stage: what makes its id, and what measures it."""
+
+    op: str
+    size: str
+    dtype: str
+    mode: str
+    entries: Callable[[], list[dict[str, Any]]]
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}[{self.size}, {self.dtype}, {self.mode}]"
+
+
+def network_points(clock: Clock) -> list[Point]:
+    """Every network, dtype and mode, on the default backends, forced Triton and the reference."""
+    plan = network_plan(clock)
+    providers = {"default": None, "triton": "triton", "reference": "reference"}
+    named = {f"{measure.OURS}:{name}": backend for name, backend in providers.items()}
+    missing = {n: reason for n, b in named.items() if b and (reason := _library.missing(b)) is not None}
+    usable = {n: b for n, b in named.items() if n not in missing}
+
+    def point(name: str, dtype: str, mode: str) -> Point:
+        def entries() -> list[dict[str, Any]]:
+            tasks = models.network_tasks(plan, name, usable, dtype)
+            return network_entries(tasks[models.MODES.index(mode)], clock, missing)
+
+        return Point(name, plan.label, dtype, mode, entries)
+
+    return [point(n, dtype, mode) for dtype in DTYPES for n in models.NETWORKS for mode in models.MODES]
+
+
+def op_points(stage: str, clock: Clock, ceilings: Mapping[str, Any]) -> list[Point]:
+    """The rows of all ops; the last one of every op in a dry run."""
+    rows = measure.rows(measure.Plan(tuple(testing.specs()), DTYPES, tiny=not clock.cuda))
+    if not clock.cuda:
+        rows = list({row.op: row for row in rows}.values())
         peers.COMPILE |= {"backend": "aot_eager", "mode": None}
-    rows = [row for row in rows if row.id not in done]
-    ceilings = calibrate(clock)
-    record(kind="calibration", when="before", **ceilings)
-    status = "complete"
-    for i, row in enumerate(rows):
+
+    def point(row: measure.Row) -> Point:
+        return Point(row.op, row.size, row.dtype, row.mode, lambda: Group(row, stage, clock, ceilings).entries())
+
+    return [point(row) for row in rows]
+
+
+def measure_points(
+    stage: str, record: Record, clock: Clock, points: Sequence[Point], done: set[str], deadline: float
+) -> str:
+    """Measures every row that is not done; returns how the stage ended."""
+    points = [point for point in points if point.id not in done]
+    for i, point in enumerate(points):
         if time.monotonic() > deadline:
-            status = f"out of time: {len(rows) - i} of {len(rows)} rows left, run again with --resume"
-            break
-        record(kind="begin", group=row.id)
+            return f"out of time: {len(points) - i} of {len(points)} rows left, run again with --resume"
+        record(kind="begin", group=point.id)
+        keys = {key: getattr(point, key) for key in ("op", "size", "dtype", "mode")}
         try:
-            entries = Group(row, stage, clock, ceilings).entries()
+            entries = point.entries()
         except Exception as error:
-            keys = {key: getattr(row, key) for key in ("op", "size", "dtype", "mode")}
-            why = {"provider": "all", "correct": None, "seconds": None, "refused": _text(error)}
-            entries = [{"stage": stage, "device": clock.name, **keys, **why}]
+            entries = [{"provider": "all", "correct": None, "seconds": None, "refused": _text(error)}]
         for entry in entries:
-            record(kind="row", **entry)
+            record(kind="row", **{"stage": stage, "device": clock.name, **keys, **entry})
             text = f"refused: {entry['refused']}"
             if entry["seconds"]:
-                text = f"{entry['seconds']['median'] * 1e6:10.1f} us {entry['roof_fraction']:5.0%} of the roof"
-            print(f"{row.id} {entry['provider']:28} {text}"[:240], flush=True)
+                text = f"{entry['seconds']['median'] * 1e6:10.1f} us"
+                text += f" {entry['roof_fraction']:5.0%} of the roof" if entry["roof_fraction"] else ""
+            print(f"{point.id} {entry['provider']:28} {text}"[:240], flush=True)
         gc.collect()
         if clock.cuda:
             torch.cuda.synchronize()  # raises when a kernel broke the context: the supervisor starts a new process
             torch.cuda.empty_cache()
+    return "complete"
+
+
+def measure_rows(stage: str, record: Record, clock: Clock, done: set[str], deadline: float) -> str:
+    """Calibrates, measures every row of the ops that is not done, calibrates again; returns how the stage ended."""
+    ceilings = calibrate(clock)
+    record(kind="calibration", when="before", **ceilings)
+    status = measure_points(stage, record, clock, op_points(stage, clock, ceilings), done, deadline)
     record(kind="calibration", when="after", **calibrate(clock))
     return status
 
@@ -442,9 +564,7 @@ def run(stage: str, path: Path, dry: bool, seconds: float) -> int:
     if stage == "build-test":
         record(kind="calibration", when="before", **calibrate(clock, launches=True))
     elif stage == "models":
-        row = dict.fromkeys(("size", "dtype", "mode", "correct", "seconds"))
-        row |= {"op": "models", "provider": f"{measure.OURS}:models", "refused": "this version has no models"}
-        record(kind="row", stage=stage, device=clock.name, **row)
+        status = measure_points(stage, record, clock, network_points(clock), done, deadline)
     else:
         status = measure_rows(stage, record, clock, done, deadline)
     record(kind="end", status=status)

@@ -7,11 +7,13 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fss_kernels
 from benchmarks import __main__ as command
 from benchmarks import (
     ceilings,
@@ -28,7 +30,7 @@ from benchmarks import (
     sweeps,
     targets,
 )
-from fss_kernels import testing
+from fss_kernels import _library, testing
 
 OPS = tuple(testing.specs())
 COMPILED = ("*compile*", "max-autotune*", "flex-attention")
@@ -522,13 +524,129 @@ def test_report_marks_a_peer_that_wins(results):
 
 
 def test_readme_shows_networks(tmp_path, monkeypatch):
-    """The program measures a small network; its rows have a table of their own in the README."""
+    """The program measures small networks; their rows have a table of their own in the README."""
     out = tmp_path / "models.json"
     monkeypatch.setattr(models, "peak_of_a_process", lambda *_: 10**6)
-    assert models.run(dataclasses.replace(models.QUICK, rounds=1), out) == 0
-    text = report.readme_section([json.loads(out.read_text())])
-    assert "| dpcn | tiny-65 | train | our kernels |" in text and "| dpcn | tiny-65 | train | reference |" in text
-    assert "| support_activation | tiny-65 | forward+backward | literal |" in text and "| op |" not in text
+    assert models.run(dataclasses.replace(models.QUICK, rounds=2, network_rounds=1), out) == 0
+    found = json.loads(out.read_text())
+    text = report.readme_section([found])
+    for name, mode in ((n, m) for n in models.NETWORKS for m in models.MODES):
+        assert f"| {name} | tiny-65 | {mode} | our kernels | 1 |" in text
+        assert f"| {name} | tiny-65 | {mode} | reference | 1 |" in text
+    assert "| support_activation | tiny-65 | forward+backward | literal | 2 |" in text and "| op |" not in text
+    used = {
+        "dpcn": {"dense_cosine_max", "dynamic_conv2d", "masked_avg_pool"},
+        "support_activation": {"dense_cosine_max"},
+    }
+    used["dpnet"] = {"dense_cosine_max", "dense_cosine_match", "masked_avg_pool"}
+    for e in found["rows"]:
+        assert set(e["shares"]) == (used[e["op"]] if e["provider"] != "literal" else set())
+        assert sum(e["shares"].values()) == pytest.approx(e["share_in_ops"]) and 0 <= e["share_in_ops"] < 1
+        assert e["throughput"] * e["seconds"]["median"] == pytest.approx(1)
+
+
+def test_readme_says_where_the_time_of_a_network_goes(tmp_path):
+    """The largest share first, and no op below half a percent; files from before these fields show what they have."""
+    e = {"op": "dpcn", "size": "a", "dtype": "float32", "mode": "train", "provider": measure.OURS, "correct": True}
+    e |= {"seconds": {"median": 0.5, "all": [0.5] * 7}, "ratio_to_ours": 1.0, "roof_fraction": None}
+    e |= {"share_in_ops": 0.084, "extra_bytes": 2e6, "peak_resident_bytes": 3e6}
+    file = {**environment.environment(), "plan": {"ops": ["dpcn"]}, "peers": [], "rows": [e]}
+    assert "|  | 8 % | 2 | 3 |" in report.readme_section([file])
+    e |= {"throughput": 4.0, "shares": {"a_small": 0.004, "b_less": 0.03, "c_more": 0.05}}
+    assert "| 4 | 8 % (c_more 5, b_less 3) | 2 | 3 |" in report.readme_section([file])
+
+
+def test_time_in_ops_is_kept_apart(monkeypatch):
+    """Forward and backward of an op count for it and for no other; afterwards everything is as it was."""
+    slow = {"masked_avg_pool": ("forward", 0.02), "prototype_cosine": ("backward", 0.3)}
+    for name, (direction, seconds) in slow.items():
+        implementation = _library.ops[name].backends["reference"]
+        kept = getattr(implementation, direction)
+        late = lambda *args, run=kept, seconds=seconds: (time.sleep(seconds), run(*args))[1]  # noqa: E731
+        monkeypatch.setattr(implementation, direction, late)
+
+    def functions():
+        return {
+            n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _library.ops.items()
+        }
+
+    before = functions()
+    x, p = torch.ones(1, 2, 4, 4, requires_grad=True), torch.ones(1, 1, 2)
+    with models.time_in_ops() as inside, fss_kernels.use_backend("reference"):
+        fss_kernels.masked_avg_pool(x, torch.ones(1, 4, 4))
+        fss_kernels.prototype_cosine(x, p).sum().backward()
+    assert set(inside) == set(slow)
+    assert 0.02 <= inside["masked_avg_pool"] < 0.3 <= inside["prototype_cosine"]
+    assert before == functions()
+
+
+def task(calls: dict, plan: models.Plan = models.QUICK) -> models.Task:
+    """A row of calls that take no time."""
+    return models.Task("support_activation", plan, "forward+backward", calls)
+
+
+def test_a_network_with_wrong_numbers_gets_no_speed(tmp_path, monkeypatch, capsys):
+    right = torch.linspace(0, 1, 5)
+
+    def crash():
+        raise RuntimeError("out of order")
+
+    calls = {measure.OURS: right.clone, "reference": right.clone, "crashing": crash}
+    calls |= {"close": lambda: right * 1.0009, "wrong": lambda: right * 1.0011, "nan": lambda: right / 0}
+    one = task(calls)
+    monkeypatch.setattr(models, "tasks", lambda plan: [one])
+    monkeypatch.setattr(models, "peak_of_a_process", lambda *_: 10**6)
+    out = tmp_path / "models.json"
+    assert models.run(models.QUICK, out) == 1 and not out.exists()
+    found = json.loads((tmp_path / "models.json.failed").read_text())
+    refused = {"crashing", "wrong", "nan"}
+    for e in found["rows"]:
+        bad = e["provider"] in refused
+        assert e["correct"] is not bad and (e["seconds"] is None) == bad and (e["throughput"] is None) == bad
+    assert len(found["failures"]) == 3 and "RuntimeError: out of order" in found["failures"][0]
+    assert "wrong: differs from the reference by 1.1e-03" in found["failures"][1]
+    assert capsys.readouterr().out.count(" ms ") == 3
+    assert models.distance((right, right), (right, right / 0)) == float("inf")
+    broken = task({measure.OURS: right.clone, "reference": lambda: right / 0})
+    assert set(models.measure_task(broken, models.QUICK)) == {measure.OURS, "reference"}
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_a_training_step_is_checked_by_its_gradients(name, monkeypatch):
+    """A backward pass that is wrong in the head or in the backbone alone is found; nothing is learnt in a check."""
+    plan = models.QUICK
+    step = models.network_tasks(plan, name)[1]
+    results = step.checks["reference"]()
+    assert len(results) == 3  # loss, gradients of the backbone and of the head
+    assert all(torch.equal(a, b) for a, b in zip(results, step.checks["reference"](), strict=True))
+    assert {n: v.message for n, v in models.verdicts(step).items()} == {measure.OURS: "", "reference": ""}
+    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    backward = implementation.backward
+    monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
+    found = models.verdicts(step)
+    assert "differs from the reference" in found[measure.OURS].message and not found["reference"].message
+
+
+def test_a_hopeless_provider_sits_out_after_two_rounds(monkeypatch):
+    """Ours and what is within 20 times of it have every round, and throughput counts the batch."""
+    plan = dataclasses.replace(models.QUICK, rounds=4, batch=3)
+    one = task(dict.fromkeys((measure.OURS, "reference", "literal"), torch.ones(1).clone), plan)
+    for name, seconds in ((measure.OURS, 1.0), ("reference", 19.0), ("literal", 21.0)):
+        one.seconds[name] = [seconds] * 2
+    assert [models.sits_out(one, n, d) for d in (1, 2) for n in one.calls] == [False] * 5 + [True]
+    one = task(one.calls, plan)
+    calls = dict.fromkeys(one.calls, 0)
+    for name, seconds in ((measure.OURS, 0.001), ("reference", 0.001), ("literal", 0.2)):
+        one.calls[name] = lambda name=name, seconds=seconds: (
+            time.sleep(seconds),
+            calls.update({name: calls[name] + 1}),
+        )
+    assert models.measure_task(one, plan) == {} and calls == {measure.OURS: 4, "reference": 4, "literal": 2}
+    one.calls = dict.fromkeys(one.calls, torch.ones(1).clone)
+    monkeypatch.setattr(models, "peak_of_a_process", lambda *_: 10**6)
+    for e in models.rows(one, plan, {}):
+        assert e["throughput"] == pytest.approx(3 / e["seconds"]["median"])
+        assert len(e["seconds"]["all"]) == (2 if e["provider"] == "literal" else 4)
 
 
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):

@@ -11,12 +11,13 @@ import pytest
 import sanitize
 import torch
 
-from benchmarks import environment, gpu, gpu_timing, measure, peers
-from fss_kernels import testing
+from benchmarks import environment, gpu, gpu_timing, measure, models, peers
+from fss_kernels import _library, testing
 
 ROW = measure.rows(measure.Plan(("masked_avg_pool",), tiny=True))[0]
 CEILINGS = dict.fromkeys(("read_gbps", "write_gbps", "copy_gbps", "gemm_fp32_gflops", "gemm_bf16_gflops"), 1e6)
 OURS = f"{measure.OURS}:reference"
+NETWORK_PROVIDERS = tuple(f"{measure.OURS}:{name}" for name in ("default", "triton", "reference"))
 
 
 @pytest.fixture
@@ -69,13 +70,82 @@ def test_every_row_is_checked_or_refused(folder):
     assert {r["op"] for r in rows if r["stage"] in ("core", "peers")} == set(testing.specs())
     assert {OURS, "panet", "compile(panet)", "grouped", "compile(grouped)"} <= providers["core"]
     assert providers["peers"] >= providers["core"] | {"adjoint-bmm", "max-autotune(panet)", "max-autotune(grouped)"}
-    assert len(providers["models"]) == 1 and not providers["build-test"]
+    assert providers["models"] == set(NETWORK_PROVIDERS) and not providers["build-test"]
     for row in rows:
         assert row["device"] and (row["refused"] is None) == (row["seconds"] is not None), row
         if row["seconds"] is not None:
-            assert row["correct"] is True and 0 < row["roof_fraction"] <= measure.ROOF_SLACK
+            assert row["correct"] is True
+            if row["stage"] == "models":
+                continue
+            assert 0 < row["roof_fraction"] <= measure.ROOF_SLACK
             assert set(row["clocks"]) == {"graph", "do_bench", "wall"} and row["clock"] == "graph"
-    assert [r["refused"] for r in rows if r["stage"] == "models"] == ["this version has no models"]
+
+
+def test_networks_are_measured_in_both_modes(folder):
+    """The default backends and the reference have times; Triton has them, or the reason why not."""
+    rows = [r for r in json.loads((folder / gpu.MERGED).read_text())["rows"] if r["stage"] == "models"]
+    keys = [(r["op"], r["mode"], r["dtype"], r["provider"]) for r in rows]
+    wanted = {(n, m, d, p) for n in ("dpcn", "dpnet") for m in ("train", "evaluate") for d in gpu_timing.DTYPES
+              for p in NETWORK_PROVIDERS}  # fmt: skip
+    assert set(keys) == wanted and len(keys) == len(wanted)
+    seconds = {key: row["seconds"] for key, row in zip(keys, rows, strict=True)}
+    for (op, mode, dtype, provider), row in zip(keys, rows, strict=True):
+        if provider.endswith("triton"):
+            assert row["refused"] == _library.missing("triton") and row["correct"] is None
+            continue
+        assert row["refused"] is None and row["size"] == models.QUICK.label and row["batch"] == 1
+        assert row["max_error"] <= models.TOLERANCE[dtype] and (row["max_error"] == 0 or "default" in provider)
+        assert row["clock"] == "events" and set(row["clocks"]) == {"events", "wall"}
+        assert row["seconds"]["samples"] == 3 and row["throughput"] == pytest.approx(1 / row["seconds"]["median"])
+        default = seconds[op, mode, dtype, f"{measure.OURS}:default"]["median"]
+        assert row["ratio_to_ours"] == pytest.approx(row["seconds"]["median"] / default)
+        assert row["extra_bytes"] > 0 and row["peak_bytes"] is None
+
+
+def test_a_network_with_wrong_numbers_gets_no_speed(monkeypatch):
+    """Wrong gradients of one kernel refuse the training step of the default backends; evaluation has its time."""
+    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    backward = implementation.backward
+    monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
+    clock = gpu_timing.Clock(dry=True)
+    points = {p.mode: p for p in gpu_timing.network_points(clock) if (p.op, p.dtype) == ("dpcn", "float32")}
+    for mode, wrong in (("evaluate", False), ("train", True)):
+        found = {e["provider"]: e for e in points[mode].entries()}
+        ours, reference = found[f"{measure.OURS}:default"], found[OURS]
+        assert ours["correct"] is not wrong and (ours["seconds"] is None) == wrong == bool(ours["refused"])
+        assert reference["correct"] and reference["seconds"] and (reference["ratio_to_ours"] is None) == wrong
+        assert ours["extra_bytes"] is None if wrong else ours["extra_bytes"] > 0
+        lines = gpu.failures(
+            {"rows": [{"stage": "models", **vars(points[mode]), **e} for e in found.values()]}, "models"
+        )
+        assert len(lines) == wrong and all("differs from the reference" in line for line in lines)
+
+
+def test_networks_resume_and_a_crash_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    path = tmp_path / "models.jsonl"
+    ids = [p.id for p in gpu_timing.network_points(gpu_timing.Clock(dry=True))]
+    assert len(set(ids)) == 8 and "dpcn[tiny-65, bfloat16, train]" in ids
+    assert gpu_timing.run("models", path, True, 0.0) == 0
+    assert gpu.lines(path)[-1]["status"].startswith("out of time: 8 of 8 rows left")
+    for group in ids[:-1]:
+        gpu.append(path, kind="begin", group=group)
+    monkeypatch.setattr(models, "network_tasks", lambda *args: 1 / 0)
+    assert gpu_timing.run("models", path, True, 60.0) == 0
+    found = gpu.lines(path)
+    assert [ln["group"] for ln in found if ln["kind"] == "begin"] == ids and found[-1]["status"] == "complete"
+    (row,) = (ln for ln in found if ln["kind"] == "row")
+    assert (row["op"], row["dtype"], row["mode"]) == ("dpnet", "bfloat16", "train")
+    assert row["provider"] == "all" and "ZeroDivisionError" in row["refused"]
+
+
+def test_a_check_of_a_network_leaves_the_precision_flags_as_they_were():
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision, torch.backends.cudnn.deterministic
+    with gpu_timing._full_precision():
+        assert (convolutions.fp32_precision, torch.backends.cudnn.deterministic) == ("ieee", True)
+    assert (convolutions.fp32_precision, torch.backends.cudnn.deterministic) == before
+    assert torch.backends.cudnn.allow_tf32 in (True, False)  # raises when the flags disagree
 
 
 def test_a_wrong_and_a_crashing_provider_get_no_speed(monkeypatch, no_compiler):
