@@ -44,7 +44,7 @@ def run(
 
     Args:
         ops: names of ops; all of them when none is given
-        quick: fewer rounds, and only sizes that move little memory
+        quick: fewer rounds, only sizes that move little memory, no peer that compiles for a minute
         out: one result file of all; benchmarks/results/<machine>-<folder of the op>.json when empty
         sizes: shell patterns of size labels, and the classes S, M and L
         dtypes: dtypes of the features
@@ -149,6 +149,8 @@ def _finish(results: dict[str, Any], path: Path) -> int:
     for record in results.get("peers", []):
         if record["error"] is not None and record["optional"]:
             _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")
+    if results.get("plan", {}).get("quick"):
+        _say(f"left out of a quick run: {', '.join(measure.SLOW_TO_COMPILE)}, which compile for up to a minute a row")
     for note in results.get("notes", []):
         _say(f"not to be trusted: {note}")
     for failure in results["failures"]:

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from rich.console import Console
@@ -63,14 +64,17 @@ def _largest_sample(backend: str, device: str) -> int:
     return 10_000 if backend == "triton" and device == "cpu" else sys.maxsize  # interpreted: milliseconds a program
 
 
-def _verify_interpreted(ops: Sequence[str] = ()) -> int:
-    """Verifies the Triton kernels on the CPU: the interpreter has to be chosen when a process starts."""
+def _verify_interpreted(ops: Sequence[str] = ()) -> tuple[int, str]:
+    """Verifies the Triton kernels on the CPU: the interpreter has to be chosen when a process starts. Exit code and
+    output."""
     command = [sys.executable, "-m", "fss_kernels", "verify", *ops, "--backend", "triton"]
-    return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
 
 
-def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -> int:
-    """Compares ops (all of them when none is named) on every backend, or one, with float64; 1 when anything fails."""
+def _compare(console: Console, ops: Sequence[str], only: str | None) -> int:
+    """What `verify` does in this process."""
     table = Table("op", "backend", "dtype", "layout", "cases", "observed / allowed error", "")
     failures: list[str] = []
     cases = 0
@@ -113,12 +117,24 @@ def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -
     verdict = f"{len(failures)} failures" if failures else "all within bounds"
     console.print(f"verify: {len(rows)} rows, {cases} cases, {verdict}")
     code = 1 if failures or not rows else 0
+    return code
+
+
+def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -> int:
+    """Compares ops (all of them when none is named) on every backend, or one, with float64; 1 when anything fails."""
     interpret = only is None and not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    if interpret and (fault := _library.interpreter_fault(importlib.metadata.version("triton"))) is not None:
+    interpret = interpret and not _library.TRITON_INTERPRETED
+    fault = _library.interpreter_fault(importlib.metadata.version("triton")) if interpret else None
+    with ThreadPoolExecutor(1) as pool:  # interpreting takes minutes on one processor
+        interpreted = pool.submit(_verify_interpreted, ops) if interpret and fault is None else None
+        code = _compare(console, ops, only)
+        if interpreted is not None:
+            console.print("triton on the CPU, interpreted, in a process of its own:")
+            own_code, text = interpreted.result()
+            console.print(text, markup=False, highlight=False, soft_wrap=True, end="")
+            code = max(code, own_code)
+    if fault is not None:
         console.print(f"triton on the CPU: not run here ({fault})", soft_wrap=True)
-    elif interpret and not _library.TRITON_INTERPRETED:
-        console.print("triton on the CPU, interpreted, in a process of its own:")
-        code = max(code, _verify_interpreted(ops))
     for op in _library.ops.values() if only is None else ():
         if ops and op.name not in ops:
             continue

@@ -279,6 +279,14 @@ def test_plot_writes_every_row(results, tmp_path):
     assert all(measure.OURS in p.read_text() for p in written)
 
 
+def test_a_quick_run_compiles_no_peer_for_a_minute():
+    def names(quick):
+        session = measure.Session(dataclasses.replace(PLAN, ops=("prototype_cosine",), exclude=(), quick=quick))
+        return {p.name for p in session.usable["prototype_cosine"]}
+
+    assert names(quick=False) - names(quick=True) == {"max-autotune(folded-bmm)"}
+
+
 def test_sweeps_vary_one_number(tmp_path):
     """Every axis of every op has sizes that differ from the base in it (and its image); the plots show them all."""
     for op in OPS:
