@@ -168,6 +168,11 @@ def _committed() -> list[dict[str, Any]]:
     return sorted(files, key=lambda r: r["environment"]["date"])
 
 
+def _sweeps() -> list[dict[str, Any]]:
+    """The committed files of sweeps."""
+    return [json.loads(p.read_text()) for p in sorted((RESULTS / "sweeps").glob("*.json"))]
+
+
 def _newest() -> list[dict[str, Any]]:
     """The committed files that hold a machine's newest results of some op, each with those ops alone."""
     newest = {(r["environment"]["cpu"], op): r for r in _committed() for op in r["plan"]["ops"]}
@@ -329,8 +334,7 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
     experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg()} if rows else None
     table = {"header": costs.header(), "rows": costs.cells(host)} if host else None
     results = json.loads(Path(file).read_text())
-    sweeps = [json.loads(p.read_text()) for p in sorted((RESULTS / "sweeps").glob("*.json"))]
-    environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table, sweeps))
+    environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table, _sweeps()))
     _say(f"report -> {out}")
     return 0
 
@@ -352,7 +356,7 @@ def readme(check: bool = False, file: str = str(README)) -> int:
         return 0
     text = Path(file).read_text() if Path(file).exists() else ""
     try:
-        new = replace_section(text, readme_section(committed, glyphs.markdown(), costs.markdown()))
+        new = replace_section(text, readme_section(committed, glyphs.markdown(), costs.markdown(), _sweeps()))
         new = replace_section(new, reliability.markdown(), "reliability")
     except ValueError as error:
         _say(f"readme: {file}: {error}")

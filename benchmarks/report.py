@@ -162,6 +162,32 @@ def sweep_plots(results: dict[str, Any]) -> dict[str, str]:
     return {f"{op} against {axis}": _sweep(rows, axis) for (op, axis), rows in groups.items()}
 
 
+def sweep_table(files: Iterable[dict[str, Any]]) -> str:
+    """Markdown of sweeps: how many times as long the fastest peer takes along each axis, a table a machine."""
+    machines: dict[str, list[str]] = {}
+    counts: dict[str, set[int]] = {}
+    for results in files:
+        env = results["environment"]
+        when = f"{env['date'][:10]}, commit {(env['commit'] or 'unknown')[:10]}"
+        machine = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {when}"
+        lines, samples = machines.setdefault(machine, []), counts.setdefault(machine, set())
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in tables(results):
+            if row["ours"]["seconds"] and row["fastest"]:
+                groups.setdefault((row["op"], row["size"].partition("=")[0]), []).append(row)
+        for (op, axis), rows in groups.items():
+            samples |= {row["ours"]["seconds"]["samples"] for row in rows}
+            ratios = [row["fastest"]["ratio_to_ours"] for row in rows]
+            cells = [op, axis, ", ".join(row["size"].partition("=")[2] for row in rows)]
+            cells.append(", ".join(f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}" for ratio in ratios))
+            cells.append(", ".join(f"{row['ours']['roof_fraction'] * 100:.0f}" for row in rows))
+            cells.append(", ".join(dict.fromkeys(row["fastest"]["provider"] for row in rows)))
+            lines.append(f"| {' | '.join(cells)} |")
+    head = "| op | axis | values | fastest peer's time ÷ ours | % of roof | fastest peers |\n|---|---|---|---|---|---|"
+    titles = {m: f"{m}, {min(c)} to {max(c)} samples a row:\n" for m, c in counts.items() if c}
+    return "\n\n".join("\n".join([title, head, *machines[machine]]) for machine, title in titles.items())
+
+
 def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The rows of one op, dtype and mode, by title."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -209,10 +235,13 @@ def render(
                            sweeps={k: v for s in sweeps for k, v in sweep_plots(s).items()})  # fmt: skip
 
 
-def readme_section(files: list[dict[str, Any]], glyphs: str = "", overhead: str = "") -> str:
+def readme_section(
+    files: list[dict[str, Any]], glyphs: str = "", overhead: str = "", sweeps: Iterable[dict[str, Any]] = ()
+) -> str:
     """The README's tables, of ops and of networks, one each a machine, of result files that share no op.
 
-    ``glyphs`` and ``overhead``: the tables of the glyph experiment and of what a call costs the host, in Markdown.
+    ``glyphs`` and ``overhead``: the tables of the glyph experiment and of what a call costs the host, in Markdown;
+    ``sweeps``: result files of sweeps.
     """
     machines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for results in sorted(files, key=lambda f: f["plan"]["ops"]):
@@ -224,7 +253,7 @@ def readme_section(files: list[dict[str, Any]], glyphs: str = "", overhead: str 
     return (
         _templates()
         .get_template("readme.md.j2")
-        .render(machines=list(machines.values()), glyphs=glyphs, overhead=overhead)
+        .render(machines=list(machines.values()), glyphs=glyphs, overhead=overhead, sweeps=sweep_table(sweeps))
     )
 
 

@@ -309,6 +309,12 @@ def test_sweeps_vary_one_number(tmp_path):
     names = {"masked_avg_pool-against-batch", "masked_avg_pool-against-foreground"}
     assert {p.stem for p in tmp_path.glob("sweep/*.svg")} == names
     assert "fss_kernels" in (tmp_path / "sweep" / "masked_avg_pool-against-batch.svg").read_text()
+    ratios = dict(zip((r.size for r in measure.rows(plan)), (0.5, 2, 3, 4, 5, 1.25), strict=True))
+    ours = [r for r in entries if r["provider"] == measure.OURS]
+    peer = [{**r, "provider": "peer", "ratio_to_ours": ratios[r["size"]]} for r in ours]
+    table = report.sweep_table([{**environment.environment(), **found, "rows": [*entries, *peer]}])
+    assert "| masked_avg_pool | batch | 1, 2, 4, 8, 20 | **0.50**, 2.00, 3.00, 4.00, 5.00 |" in table
+    assert "| masked_avg_pool | foreground | 0.1 | 1.25 |" in table and table.count("| peer |") == 2
     html = report.render({**environment.environment(), **found, "failures": [], "notes": [],
                           "ceilings": {"before": {}, "after": {}}}, sweeps=[found])  # fmt: skip
     assert "masked_avg_pool against foreground" in html
