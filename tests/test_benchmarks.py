@@ -503,6 +503,7 @@ def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, ca
 
 def test_report_shows_every_provider(results, tmp_path, monkeypatch):
     monkeypatch.setattr(glyphs, "RESULTS", tmp_path / "glyphs")
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "no-sweeps")
     file, page = tmp_path / "results.json", tmp_path / "page" / "index.html"
     environment.write_json(file, results)
     assert command.main(["report", str(file), "--out", str(page)]) == 0
