@@ -153,13 +153,18 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def sweep_plots(results: dict[str, Any]) -> dict[str, str]:
-    """Title -> SVG for every op and axis of a sweep."""
+def _by_axis(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The timed rows of a sweep by op and axis."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in tables(results):
+    for row in rows:
         if row["ours"]["seconds"]:
             groups.setdefault((row["op"], row["size"].partition("=")[0]), []).append(row)
-    return {f"{op} against {axis}": _sweep(rows, axis) for (op, axis), rows in groups.items()}
+    return groups
+
+
+def sweep_plots(results: dict[str, Any]) -> dict[str, str]:
+    """Title -> SVG for every op and axis of a sweep."""
+    return {f"{op} against {axis}": _sweep(rows, axis) for (op, axis), rows in _by_axis(tables(results)).items()}
 
 
 def sweep_table(files: Iterable[dict[str, Any]]) -> str:
@@ -171,11 +176,7 @@ def sweep_table(files: Iterable[dict[str, Any]]) -> str:
         when = f"{env['date'][:10]}, commit {(env['commit'] or 'unknown')[:10]}"
         machine = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {when}"
         lines, samples = machines.setdefault(machine, []), counts.setdefault(machine, set())
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in tables(results):
-            if row["ours"]["seconds"] and row["fastest"]:
-                groups.setdefault((row["op"], row["size"].partition("=")[0]), []).append(row)
-        for (op, axis), rows in groups.items():
+        for (op, axis), rows in _by_axis(row for row in tables(results) if row["fastest"]).items():
             samples |= {row["ours"]["seconds"]["samples"] for row in rows}
             ratios = [row["fastest"]["ratio_to_ours"] for row in rows]
             cells = [op, axis, ", ".join(row["size"].partition("=")[2] for row in rows)]

@@ -696,7 +696,9 @@ def test_long_runs_are_counted(tmp_path):
     cases = [{"op": op, "isa": "avx2", "sanitizer": s, "count": 30} for op in ("a", "b") for s in ("thread", "address")]
     reliability.record("sanitize", {"seed": 1, "cases": cases, "failures": ["x"]}, folder)
     faults = {"a/one": "test", "a/two": None, "b/one": "test"}
-    reliability.record("mutants", {"planted": 3, "caught": 2, "faults": faults}, folder)
+    reliability.record("mutants", {"whole": 4, "planted": 3, "caught": 2, "faults": faults}, folder)
+    assert "| `make mutants` | no whole run is recorded yet" in reliability.markdown(folder, wheels)
+    reliability.record("mutants", {"whole": 3, "planted": 3, "caught": 2, "faults": faults}, folder)
     log = {**environment.environment(), "wheel": {"file": "w.whl"}, "runs": [{"torch": "2.15.0"}, {"torch": "2.10.0"}]}
     environment.write_json(wheels / "linux.json", log)
     fuzzed, sanitized, mutants, wheel = reliability.markdown(folder, wheels).splitlines()[2:]

@@ -119,13 +119,14 @@ class Score:
         known: dict[str, Any] = reliability.read("mutants") or {"faults": {}}
         planted = {name(p) for p in ROOT.glob("tests/mutants/*/*.patch")}
         self.faults: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
+        self.whole = len(planted)
         self.now: dict[str, bool] = {}
 
     def record(self, patch: Path, caught: str | None) -> None:
         """Adds an outcome; only those of this run count."""
         self.now[name(patch)] = caught is not None
         self.faults[name(patch)] = caught
-        counts = {"planted": len(self.now), "caught": sum(self.now.values())}
+        counts = {"whole": self.whole, "planted": len(self.now), "caught": sum(self.now.values())}
         reliability.record("mutants", counts | {"faults": dict(sorted(self.faults.items()))})
 
 
@@ -157,7 +158,8 @@ def main(names: list[str]) -> int:
             try:
                 caught = catch(patch, copy, score.faults.get(name(patch)))
                 with lock:
-                    score.record(patch, caught)
+                    if not names:  # a few faults are no score
+                        score.record(patch, caught)
                 return caught
             finally:
                 copies.put(copy)
