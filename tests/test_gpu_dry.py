@@ -228,7 +228,7 @@ def test_resume_and_deadline(tmp_path, monkeypatch, no_compiler):
     assert not [ln for ln in lines if ln["kind"] == "row"]
     last = measure.rows(measure.Plan(("masked_avg_pool",), gpu_timing.DTYPES, tiny=True))[-1]
     gpu.append(path, kind="begin", group=last.id)
-    assert gpu_timing.run("core", path, True, 60.0) == 0
+    assert gpu_timing.run("core", path, True, 3600.0) == 0  # all of it, however slow the machine
     groups = [ln["group"] for ln in gpu.lines(path) if ln["kind"] == "begin"]
     assert groups[0] == last.id and len(groups) == count == len(set(groups))
 
