@@ -8,6 +8,7 @@ bound, so a half-precision accumulator does not pass.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ PLAIN_CAP = {torch.float64: 2.0**-43, torch.float32: 2.0**-15, torch.bfloat16: 2
 A_FIFTH = math.pi / 16  # of an image: a disc whose radius is a quarter of its side
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
     """Inputs of one call. Floating tensors are float64 and are rounded to the tested dtype by `Spec.cast`."""
 
@@ -65,7 +66,7 @@ class Cost:
     screened: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spec:
     """Everything the generic batteries and the benchmarks need to know of one op."""
 
@@ -291,7 +292,9 @@ def evaluate(
     """Runs one sample on one backend; one comparison an output and a gradient, labelled by name."""
     tensors = {name: LAYOUTS[layout](t) for name, t in spec.cast(sample, dtype, device).items()}
     names = differentiable_names(spec, tensors)
-    return judge(spec, tensors, sample.options, names, backend, dtype, f"[{sample.id}] {layout}")
+    expected = _expected(spec, sample, dtype, layout == "expanded", device)
+    label = f"[{sample.id}] {layout}"
+    return _judge(spec, tensors, sample.options, names, backend, dtype, label, LAYOUTS["contiguous"], expected)
 
 
 def judge(
@@ -311,27 +314,70 @@ def judge(
         label: what the message says of the call besides op, backend and dtype.
         layout: gives the output gradients other strides; with the same values only.
     """
+    expected = _expectation(spec, tensors, options, names, dtype)
+    return _judge(spec, tensors, options, names, backend, dtype, label, layout, expected)
 
+
+Results = tuple[list[Tensor], list[Tensor]]  # of `gradients`
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a call is compared with: the oracle of the tensors as rounded, the plain formula in the tested dtype and,
+    where that has half precision, in float32."""
+
+    oracle: Results
+    plain: Results
+    plain32: Results | None
+
+
+def _expectation(
+    spec: Spec, tensors: dict[str, Tensor], options: dict[str, Any], names: list[str], dtype: torch.dtype
+) -> _Expected:
     def rounded(to: torch.dtype) -> dict[str, Tensor]:
         return {k: t.to(to) if t.is_floating_point() else t for k, t in tensors.items()}
 
+    half = dtype in (torch.float16, torch.bfloat16)
+    return _Expected(
+        gradients(spec.reference, rounded(torch.float64), options, names),
+        gradients(spec.plain, rounded(dtype), options, names),
+        gradients(spec.plain, rounded(torch.float32), options, names) if half else None,
+    )
+
+
+@functools.lru_cache(maxsize=2)  # neighbouring calls are of one sample: strides do not change what is right
+def _expected(spec: Spec, sample: Sample, dtype: torch.dtype, expanded: bool, device: str) -> _Expected:
+    layout = LAYOUTS["expanded" if expanded else "contiguous"]
+    tensors = {name: layout(t) for name, t in spec.cast(sample, dtype, device).items()}
+    return _expectation(spec, tensors, sample.options, differentiable_names(spec, tensors), dtype)
+
+
+def _judge(
+    spec: Spec,
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    names: list[str],
+    backend: str | None,
+    dtype: torch.dtype,
+    label: str,
+    layout: Callable[[Tensor], Tensor],
+    expected: _Expected,
+) -> list[tuple[str, Comparison]]:
     with _library.use_backend(backend):
         actual = gradients(spec.function, tensors, options, names, layout)
-    plain = gradients(spec.plain, rounded(dtype), options, names)
     # the float64 reference cannot be its own oracle
     itself = backend == "reference" and dtype == torch.float64
-    oracle = gradients(spec.plain if itself else spec.reference, rounded(torch.float64), options, names)
-    half = dtype in (torch.float16, torch.bfloat16)
-    plain32 = gradients(spec.plain, rounded(torch.float32), options, names) if half else None
+    oracle = expected.plain if itself else expected.oracle
 
     comparisons = []
     for part, direction in enumerate(("forward", "backward")):
         for i, result in enumerate(actual[part]):
             name = f"output {i}" if direction == "forward" else f"grad_{names[i]}"
             what = f"{spec.name}{label} {backend} {dtype} {name}"
-            like = plain32[part][i] if plain32 is not None else None
+            like = expected.plain32[part][i] if expected.plain32 else None
             floor = REFERENCE_FLOOR if itself else 0.0
-            comparisons.append((name, compare(result, oracle[part][i], plain[part][i], direction, like, what, floor)))
+            found = compare(result, oracle[part][i], expected.plain[part][i], direction, like, what, floor)
+            comparisons.append((name, found))
     return comparisons
 
 

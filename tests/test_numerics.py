@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import BACKENDS, SPECS, ids
+from conftest import SPECS, ids
 
 from fss_kernels import testing
 
@@ -20,11 +20,13 @@ def layouts(backend, dtype, index, sample):
     return (*FEW, REST[(index + testing.DTYPES.index(dtype)) % len(REST)])
 
 
+# All cases of a sample side by side: they share what they are compared with.
 CASES = [
     pytest.param(spec, backend, dtype, layout, sample, id=f"{spec.name}-{backend}-{ids(dtype)}-{layout}-{sample.id}")
-    for spec, backend in BACKENDS
-    for dtype in testing.DTYPES
+    for spec in SPECS
     for index, sample in enumerate(spec.samples())
+    for dtype in testing.DTYPES
+    for backend in testing.backends(spec.op)
     if not sample.large or backend != "reference" or dtype == torch.float32
     for layout in layouts(backend, dtype, index, sample)
 ]

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from fss_kernels import testing
 
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+TRACED = ("contiguous", "channels_last_sliced")  # where backward is traced, its derivatives too: a minute an op
 
 
 def raw_arguments(spec, sample, dtype, layout, requires_grad):
@@ -33,7 +34,8 @@ def test_opcheck(spec, layout, requires_grad):
     results[:n_out] = [torch.ones_like(r).requires_grad_(requires_grad) for r in results[:n_out]]
     for needs in ([True] * n_in, [i == 0 for i in range(n_in)], [i == n_in - 1 for i in range(n_in)]):
         backward = testing.raw_backward(spec, results, arguments, needs)
-        assert set(opcheck(spec.op.bwd, backward, test_utils=OPCHECK).values()) == {"SUCCESS"}
+        utils = OPCHECK if all(needs) and layout in TRACED else OPCHECK[:-1]
+        assert set(opcheck(spec.op.bwd, backward, test_utils=utils).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])  # opcheck cannot copy a sliced one

@@ -1,6 +1,7 @@
 """Every Triton kernel that can be launched, compiled ahead of time for NVIDIA and AMD GPUs: no spills, no stack.
 
-python tests/test_triton_aot.py --write      records registers and shared memory in benchmarks/resources/triton.json
+The test compiles every variant for one GPU, two of each kernel for the others: each takes minutes.
+python tests/test_triton_aot.py --write      all of them, recorded in benchmarks/resources/triton.json
 """
 
 from __future__ import annotations
@@ -242,17 +243,23 @@ def compile_one(target_name: str, index: int) -> tuple[str, dict[str, int]]:
     return f"{kernel.__name__}[{id}]", resources(compiled, target)
 
 
-def compile_all(target_name: str) -> dict[str, dict[str, int]]:
-    """Kernel variant -> resources, compiled in as many processes as there are processors."""
-    count = len(list(variants()))
+def first_and_last() -> list[int]:
+    """Two variants of each kernel."""
+    names = [kernel.__name__ for kernel, *_ in variants()]
+    return sorted({i for name in names for i in (names.index(name), len(names) - 1 - names[::-1].index(name))})
+
+
+def compile_all(target_name: str, chosen: list[int] | None = None) -> dict[str, dict[str, int]]:
+    """Kernel variant -> resources, of the chosen or all, compiled in as many processes as there are processors."""
+    indices = list(range(len(list(variants())))) if chosen is None else chosen
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return dict(pool.map(compile_one, [target_name] * count, range(count), chunksize=4))
+        return dict(pool.map(compile_one, [target_name] * len(indices), indices, chunksize=4))
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target):
-    table = compile_all(target)
-    assert table
+    table = compile_all(target, None if target == "sm_90" else first_and_last())
+    assert {name.partition("[")[0] for name in table} == {kernel.__name__ for kernel, *_ in variants()}
     assert not {name: r for name, r in table.items() if r["spills"]}
     recorded = json.loads(TABLE.read_text()).get(triton.__version__, {}).get(target) if TABLE.exists() else None
     changed = {n: (recorded.get(n), r) for n, r in table.items() if recorded.get(n) != r} if recorded else table

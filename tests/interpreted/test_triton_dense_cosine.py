@@ -85,6 +85,8 @@ def agree(function, *tensors, **options):
 def test_max_of_many_tiles(small_tiles, options, layout):
     query, support = (testing.LAYOUTS[layout](x) for x in (randn(2, 35, 6, 7), randn(2, 2, 35, 9, 6)))
     agree(dense_cosine_max, query, support, foreground(2, 2, 9, 6), **options)
+    if layout != "contiguous":
+        return
     one = query[:1], support[:1, 1:]
     agree(dense_cosine_max, *one, foreground(1, 1, 40, 30), eps=0.5, eps_mode="add", **options)
     agree(dense_cosine_max, *one, **options)
@@ -114,15 +116,15 @@ def test_grids_smaller_than_windows(grids):
         agree(dense_cosine_max, query, support, mask, windows=((5, 7), *DPCN), masked=masked)
 
 
-@pytest.mark.parametrize("rows", [0, 6, 100])
-def test_bands_do_not_matter(monkeypatch, rows):
+def test_bands_do_not_matter(monkeypatch):
     """However many rows the ring holds, whatever the samples that share it: the same bits. Sums are exact, since NumPy
     may multiply matrices of other shapes in another order."""
-    tensors = signs(3, 64, 5, 4), signs(3, 64, 7, 6), foreground(3, 1, 7, 6)[:, 0]
+    tensors = signs(2, 64, 5, 4), signs(2, 64, 7, 6), foreground(2, 1, 7, 6)[:, 0]
     wanted = evaluated("triton", dense_cosine_max, tensors, {"windows": DPCN})
-    monkeypatch.setattr(triton_kernels, "RING", rows * 6 * 20 * 4)
-    for got, same in zip(evaluated("triton", dense_cosine_max, tensors, {"windows": DPCN}), wanted, strict=True):
-        assert torch.equal(got, same)
+    for rows in (0, 6, 100):
+        monkeypatch.setattr(triton_kernels, "RING", rows * 6 * 20 * 4)
+        for got, same in zip(evaluated("triton", dense_cosine_max, tensors, {"windows": DPCN}), wanted, strict=True):
+            assert torch.equal(got, same)
 
 
 @pytest.mark.parametrize("masked", ["zero", "exclude"])
@@ -182,8 +184,11 @@ def test_all_zero_mask(options):
     assert not results[-1][1].any() and not matches[-1][1].any()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "memory_format, bad",
+    [(torch.contiguous_format, math.nan), (torch.channels_last, math.inf), (torch.contiguous_format, -math.inf)],
+    ids=["nchw-nan", "nhwc-inf", "nchw-minus-inf"],
+)
 def test_nan_outside_the_mask_does_not_leak(memory_format, bad):
     query, support, mask = randn(2, 20, 5, 4), randn(2, 20, 6, 7), foreground(2, 1, 6, 7)[:, 0]
     for function, options in ((dense_cosine_max, {"windows": ((1, 1), *DPCN)}), (dense_cosine_match, {})):

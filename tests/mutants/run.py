@@ -3,8 +3,8 @@
     python tests/mutants/run.py [name or op ...]        (make mutants)
 
 A mutant is a patch under tests/mutants/<op>/. Prints the test that caught it; exits non-zero when one survives.
-The committed score keeps that test of every fault, as each is done: the next run tries it first, so that only a fault
-that it no longer catches costs the whole suite. Nothing else is taken from the file: every fault is planted again.
+The committed score keeps that test of every fault, as each is done. The next run tries it first, then those of other
+faults of the op: only a fault that none of them catches costs the whole suite. Nothing else is taken from the file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from benchmarks import reliability  # noqa: E402
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
+LIKELY = 12  # tests that caught other faults of an op, to try before all of them
 NETWORKS = "models"  # faults of fss_models: Python only, with tests of their own
 
 
@@ -59,16 +62,16 @@ def build(copy: Path) -> None:
     subprocess.run(command, cwd=copy, env=environment(copy), check=True, capture_output=True)
 
 
-def catch(patch: Path, copy: Path, before: str | None = None) -> str | None:
-    """The id of the first test that fails on the mutant, or None; ``before``: the one that caught it last time."""
+def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
+    """The id of the first test that fails on the mutant, or None; tests that are ``likely`` to catch it go first."""
     subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
     try:
         if "csrc/" in first_line(patch):
             build(copy)
         triton = of_triton(patch)
         calls = [["tests/interpreted"] if triton else suites({patch.parent.name})[0]]
-        if before is not None and Path(copy, before.partition("::")[0]).is_file():
-            calls.insert(0, [before])
+        if likely:
+            calls.insert(0, [*likely])
         return next((found for call in calls if (found := failure(copy, call, triton))), None)
     finally:
         subprocess.run(["patch", "-p1", "-s", "-R", "-i", patch], cwd=copy, check=True)
@@ -95,10 +98,11 @@ def selection(ops: set[str]) -> str:
     return " or ".join([*sorted(ops), "test_gradients", "test_offsets"])
 
 
-def failure(copy: Path, tests: list[str], interpreted: bool = False) -> str | None:
+def failure(copy: Path, tests: list[str], interpreted: bool = False, processes: int = 0) -> str | None:
     """The first test that fails in the copy, or None."""
     own = environment(copy) | ({"TRITON_INTERPRET": "1"} if interpreted else {})
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    pytest += ["-n", str(processes), "--dist", "worksteal"] * bool(processes)
     result = subprocess.run(pytest, cwd=copy, env=own, capture_output=True, text=True)
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if result.returncode not in (0, 1) or (result.returncode == 1 and not failed):
@@ -122,6 +126,14 @@ class Score:
         self.whole = len(planted)
         self.now: dict[str, bool] = {}
 
+    def likely(self, patch: Path) -> list[str]:
+        """The test that caught a fault, then those of its op that caught others, the most frequent first."""
+        own = self.faults.get(name(patch))
+        found = Counter(t for k, t in self.faults.items() if t and k.startswith(f"{patch.parent.name}/"))
+        tests = [own] * bool(own) + [test for test, _ in found.most_common(LIKELY) if test != own]
+        there = (t for t in tests if Path(ROOT, t.partition("::")[0]).is_file())  # a crash has no test
+        return [t for t in there if ("interpreted" in t) == of_triton(patch)]
+
     def record(self, patch: Path, caught: str | None) -> None:
         """Adds an outcome; only those of this run count."""
         self.now[name(patch)] = caught is not None
@@ -143,9 +155,9 @@ def main(names: list[str]) -> int:
             copies.put(copy)
         # no fault at all: everything must pass, or every fault would be "caught"
         copy = copies.get()
-        failed = next((f for suite in suites(ops) if (f := failure(copy, suite))), None)
+        failed = next((f for suite in suites(ops) if (f := failure(copy, suite, processes=workers))), None)
         if failed is None and any(of_triton(p) for p in patches):
-            failed = failure(copy, ["tests/interpreted"], interpreted=True)
+            failed = failure(copy, ["tests/interpreted"], interpreted=True, processes=workers)
         if failed is not None:
             print(f"mutants: the tests fail without any fault: {failed}")
             return 1
@@ -156,7 +168,9 @@ def main(names: list[str]) -> int:
         def run(patch: Path) -> str | None:
             copy = copies.get()
             try:
-                caught = catch(patch, copy, score.faults.get(name(patch)))
+                with lock:
+                    likely = score.likely(patch)
+                caught = catch(patch, copy, likely)
                 with lock:
                     if not names:  # a few faults are no score
                         score.record(patch, caught)
