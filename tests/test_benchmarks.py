@@ -685,6 +685,14 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     assert "no <!-- benchmarks:begin -->" in capsys.readouterr().out and file.read_text() == "no markers"
 
 
+def test_the_slowest_peer_is_a_peer_where_all_are_faster_than_ours(results):
+    for entry in results["rows"]:
+        if entry["provider"] != measure.OURS and entry["ratio_to_ours"]:
+            entry["ratio_to_ours"] = 0.5
+    text = report.readme_section([results])
+    assert text.count("| 0.5") == 2 * len(ROWS) and measure.OURS not in text
+
+
 def test_long_runs_are_counted(tmp_path):
     """Rounds of one fuzz run add up, those of an earlier run do not; a run that was never made says so."""
     folder, wheels = tmp_path / "reliability", tmp_path / "wheel"
