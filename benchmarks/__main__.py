@@ -44,7 +44,7 @@ def run(
 
     Args:
         ops: names of ops; all of them when none is given
-        quick: fewer rounds, only sizes that move little memory, no peer that compiles for a minute
+        quick: fewer rounds, one size an op that moves little memory, no peer that compiles for a minute
         out: one result file of all; benchmarks/results/<machine>-<folder of the op>.json when empty
         sizes: shell patterns of size labels, and the classes S, M and L
         dtypes: dtypes of the features

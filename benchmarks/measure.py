@@ -29,7 +29,7 @@ from fss_kernels.testing import Sample, Spec
 
 OURS = "fss_kernels"
 MODES = ("forward", "forward+backward")
-# Classes of sizes: the bytes that a forward call moves, and its operations, at most; a quick run has "S" alone.
+# Classes of sizes: the bytes that a forward call moves, and its operations, at most; a quick run has one "S" an op.
 CLASSES = {"S": (64 << 20, 4e9), "M": (256 << 20, 40e9), "L": (math.inf, math.inf)}
 # A peer further from float64 than this, relative to the largest element, does not compute the same thing.
 SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -114,6 +114,7 @@ def rows(plan: Plan) -> list[Row]:
     for op in plan.ops:
         spec = testing.specs()[op]
         sizes = sweeps.sizes(spec) if plan.sweep else spec.sizes
+        found: dict[str, list[Row]] = {}
         for size in selected(sizes, patterns or ("*",)):
             arguments = dict(sizes[size])
             modes = arguments.pop("modes", MODES)
@@ -124,7 +125,9 @@ def rows(plan: Plan) -> list[Row]:
                     cost = spec.cost(spec.benchmark_sample(**arguments), getattr(torch, dtype), "forward")
                     if size_class(cost) not in classes:
                         continue
-                result += [Row(op, size, dtype, mode, arguments) for mode in modes]
+                found.setdefault(size, []).extend(Row(op, size, dtype, mode, arguments) for mode in modes)
+        chosen = list(found.values())[: 1 if plan.quick else None]
+        result += [row for of_size in chosen for row in of_size]
     return result
 
 

@@ -66,7 +66,7 @@ def assert_same(results, wanted, label=""):
 @pytest.mark.parametrize("spec, backend, dtype", CALLS, ids=ids)
 def test_numerics(spec, backend, dtype, layout, poisoned_memory):
     """Every sample, forward and backward, by the one comparison rule; None is the default choice."""
-    for sample in testing.cases(spec, layout):
+    for sample in (s for s in spec.samples() if testing.takes(s, layout)):
         for name, comparison in testing.evaluate(spec, sample, backend, dtype, layout, DEVICE):
             assert comparison.passed, f"{name}: {comparison.message}"
 
