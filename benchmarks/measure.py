@@ -114,7 +114,7 @@ def rows(plan: Plan) -> list[Row]:
     for op in plan.ops:
         spec = testing.specs()[op]
         sizes = sweeps.sizes(spec) if plan.sweep else spec.sizes
-        found: dict[str, list[Row]] = {}
+        own: list[Row] = []
         for size in selected(sizes, patterns or ("*",)):
             arguments = dict(sizes[size])
             modes = arguments.pop("modes", MODES)
@@ -125,9 +125,8 @@ def rows(plan: Plan) -> list[Row]:
                     cost = spec.cost(spec.benchmark_sample(**arguments), getattr(torch, dtype), "forward")
                     if size_class(cost) not in classes:
                         continue
-                found.setdefault(size, []).extend(Row(op, size, dtype, mode, arguments) for mode in modes)
-        chosen = list(found.values())[: 1 if plan.quick else None]
-        result += [row for of_size in chosen for row in of_size]
+                own += [Row(op, size, dtype, mode, arguments) for mode in modes]
+        result += [row for row in own if not plan.quick or row.size == own[0].size]
     return result
 
 

@@ -293,29 +293,7 @@ def evaluate(
     tensors = {name: LAYOUTS[layout](t) for name, t in spec.cast(sample, dtype, device).items()}
     names = differentiable_names(spec, tensors)
     expected = _expected(spec, sample, dtype, layout == "expanded", device)
-    label = f"[{sample.id}] {layout}"
-    return _judge(spec, tensors, sample.options, names, backend, dtype, label, LAYOUTS["contiguous"], expected)
-
-
-def judge(
-    spec: Spec,
-    tensors: dict[str, Tensor],
-    options: dict[str, Any],
-    names: list[str],
-    backend: str | None,
-    dtype: torch.dtype,
-    label: str = "",
-    layout: Callable[[Tensor], Tensor] = LAYOUTS["contiguous"],
-) -> list[tuple[str, Comparison]]:
-    """Compares a call, and its gradients to the tensors of these names, with the oracle.
-
-    Args:
-        tensors: as the op gets them, the features in ``dtype``.
-        label: what the message says of the call besides op, backend and dtype.
-        layout: gives the output gradients other strides; with the same values only.
-    """
-    expected = _expectation(spec, tensors, options, names, dtype)
-    return _judge(spec, tensors, options, names, backend, dtype, label, layout, expected)
+    return judge(spec, tensors, sample.options, names, backend, dtype, f"[{sample.id}] {layout}", expected=expected)
 
 
 Results = tuple[list[Tensor], list[Tensor]]  # of `gradients`
@@ -352,17 +330,26 @@ def _expected(spec: Spec, sample: Sample, dtype: torch.dtype, expanded: bool, de
     return _expectation(spec, tensors, sample.options, differentiable_names(spec, tensors), dtype)
 
 
-def _judge(
+def judge(
     spec: Spec,
     tensors: dict[str, Tensor],
     options: dict[str, Any],
     names: list[str],
     backend: str | None,
     dtype: torch.dtype,
-    label: str,
-    layout: Callable[[Tensor], Tensor],
-    expected: _Expected,
+    label: str = "",
+    layout: Callable[[Tensor], Tensor] = LAYOUTS["contiguous"],
+    expected: _Expected | None = None,
 ) -> list[tuple[str, Comparison]]:
+    """Compares a call, and its gradients to the tensors of these names, with the oracle.
+
+    Args:
+        tensors: as the op gets them, the features in ``dtype``.
+        label: what the message says of the call besides op, backend and dtype.
+        layout: gives the output gradients other strides; with the same values only.
+        expected: the oracle of these values, if it is known.
+    """
+    expected = expected or _expectation(spec, tensors, options, names, dtype)
     with _library.use_backend(backend):
         actual = gradients(spec.function, tensors, options, names, layout)
     # the float64 reference cannot be its own oracle
