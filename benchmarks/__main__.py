@@ -17,7 +17,7 @@ from rich.console import Console
 from benchmarks import ceilings, environment, measure, targets
 from fss_kernels import testing
 
-RESULTS = environment.ROOT / "benchmarks" / "results"
+RESULTS = environment.RESULTS
 README = environment.ROOT / "README.md"
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -330,9 +330,9 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
     from benchmarks import overhead as costs
     from benchmarks.report import render
 
-    rows, host = glyphs.cells(), costs.newest()
+    rows, host = glyphs.cells(), costs.committed()
     experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg()} if rows else None
-    table = {"header": costs.header(), "rows": costs.cells(host)} if host else None
+    table = {"header": costs.header(), "rows": costs.cells(host[0])} if host else None
     results = json.loads(Path(file).read_text())
     environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table, _sweeps()))
     _say(f"report -> {out}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = "benchmarks/results"  # committed files
+RESULTS = ROOT / "benchmarks" / "results"  # committed files
 SCHEMA = 1
 # glibc gives large blocks back to the system at once and PyTorch asks for them again: every call would pay for page
 # faults, and eager code 3 to 6 times over. These settings keep the memory in the process.
@@ -55,6 +55,8 @@ def environment() -> dict[str, Any]:
     from fss_kernels import __version__, _library
 
     commit = output("git", "rev-parse", "HEAD")
+    # what git does not track does not count, nor what earlier runs measured
+    changed = output("git", "status", "--porcelain", "-uno", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
     return {
         "schema": SCHEMA,
         "environment": {
@@ -71,8 +73,7 @@ def environment() -> dict[str, Any]:
             "allocator": {name: os.environ.get(name) for name in ALLOCATOR},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit or None,
-            # what git does not track does not count, nor what earlier runs measured
-            "clean": bool(commit) and not output("git", "status", "--porcelain", "-uno", "--", ".", f":!{RESULTS}"),
+            "clean": bool(commit) and not changed,
         },
     }
 

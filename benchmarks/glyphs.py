@@ -31,7 +31,7 @@ from fss_models.demo import SMALL
 from fss_models.evaluate import measure
 from fss_models.train import train
 
-RESULTS = environment.ROOT / "benchmarks" / "results" / "glyphs"
+RESULTS = environment.RESULTS / "glyphs"
 RUNS = environment.ROOT / "build" / "glyphs"
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)

@@ -404,7 +404,7 @@ def main(out: str = "", quick: bool = False, rounds: int | None = None, peak_of:
         command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | own).returncode
     slug = environment.machine_slug()
-    file = Path(out) if out else environment.ROOT / "benchmarks" / "results" / f"{slug}-models.json"
+    file = Path(out) if out else environment.RESULTS / f"{slug}-models.json"
     return run(dataclasses.replace(plan, rounds=rounds, network_rounds=rounds) if rounds else plan, file)
 
 

@@ -19,7 +19,7 @@ import torch
 from benchmarks import environment, measure, peers
 from fss_kernels import testing
 
-FOLDER = environment.ROOT / "benchmarks" / "results" / "overhead"
+FOLDER = environment.RESULTS / "overhead"
 ROUNDS, CALLS = 20, 100
 COLUMNS = ("forward", "forward, keeping", "forward+backward", "compiled", "PyTorch forward", "PyTorch forward+backward")
 
@@ -90,20 +90,19 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
     return [[r["op"], *(f"{r['microseconds'][c]['median']:.0f}" for c in COLUMNS)] for r in results["rows"]]
 
 
-def newest() -> dict[str, Any] | None:
-    """The newest committed file."""
+def committed() -> list[dict[str, Any]]:
+    """The committed files, one a machine, newest first."""
     files = [json.loads(p.read_text()) for p in FOLDER.glob("*.json")]
-    return max(files, key=lambda r: str(r["environment"]["date"]), default=None)
+    return sorted(files, key=lambda r: str(r["environment"]["date"]), reverse=True)
 
 
 def markdown() -> str:
-    """The table of the newest file, for the README; empty without one."""
-    results = newest()
-    if results is None:
-        return ""
-    lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
-    env = results["environment"]
-    where = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {env['date'][:10]}"
-    return "\n".join(
-        [f"{where}, commit {(env['commit'] or 'unknown')[:10]}:", "", *(f"| {' | '.join(line)} |" for line in lines)]
-    )
+    """A table of every file, for the README; empty without one."""
+    parts = []
+    for results in committed():
+        env = results["environment"]
+        where = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {env['date'][:10]}"
+        parts += [f"{where}, commit {(env['commit'] or 'unknown')[:10]}:", ""]
+        lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
+        parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
+    return "\n".join(parts).rstrip()

@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks import environment
 
-FOLDER = environment.ROOT / environment.RESULTS / "reliability"
-WHEELS = environment.ROOT / environment.RESULTS / "wheel"
+FOLDER = environment.RESULTS / "reliability"
+WHEELS = environment.RESULTS / "wheel"
 
 
 def read(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:

@@ -138,4 +138,4 @@ def test_calls_leave_nothing_behind(spec, backend, make, calls):
             call()
         after = held()
     assert after[0] - before[0] < 16 * calls
-    assert after[1] == before[1]
+    assert after[1] <= before[1]  # fewer is no leak: a cycle left by an earlier test may go late

@@ -207,27 +207,6 @@ void pad_channels(const ConvArgs& args, const Strip<A>& s, const T* pixels, int6
   }
 }
 
-// How a register leaves: whole, past the caches, or its first lanes.
-struct Whole {
-  template <class T, class V>
-  void operator()(T* to, V v) const {
-    store(to, v);
-  }
-};
-struct Streamed {
-  template <class T, class V>
-  void operator()(T* to, V v) const {
-    stream(to, v);
-  }
-};
-struct Partial {
-  int64_t count;
-  template <class T, class V>
-  void operator()(T* to, V v) const {
-    store_partial(to, v, count);
-  }
-};
-
 // Results of one vector of channels in a dense (B, outputs * C, H, W) tensor, from one output's first row on.
 template <class T>
 struct Target {
@@ -254,18 +233,33 @@ struct Target {
   }
 };
 
-// Calls f(put) with the way in which the registers of `target` leave; `count` channels of one.
+// Calls f(past, filled): whether the registers of `target` go past the caches, as a constant, and how many of a
+// register's lanes are results; of `count` channels.
 template <class A, class T, class F>
-inline void with_put(const ConvArgs& args, const Target<T>& target, int64_t count, const F& f) {
-  const int64_t filled = args.channels_last ? count : args.width;
-  if (filled < lanes<A>) {
-    f(Partial{filled});
-  } else if (args.stream && target.template lines<A>(args)) {
-    f(Streamed{});
-  } else {
-    f(Whole{});
+inline void with_stores(const ConvArgs& args, const Target<T>& target, int64_t count, const F& f) {
+  const int64_t filled = std::min<int64_t>(args.channels_last ? count : args.width, lanes<A>);
+  if constexpr (sizeof(T) * lanes<A> == 64) {
+    if (args.stream && target.template lines<A>(args)) return f(std::true_type{}, lanes<A>);
   }
+  f(std::false_type{}, filled);
 }
+
+// Where a tile's rows go: into the result, or first aside where fewer lanes of a register are results.
+template <bool Past, int Rows, class A, class T>
+struct Put {
+  int64_t filled, pitch;  // of the result
+  T aside[Rows * lanes<A>];
+
+  Put(int64_t filled, int64_t pitch) : filled(filled), pitch(pitch) {}
+  __attribute__((always_inline)) void operator()(T* to, const vec<A> (&rows)[Rows]) {
+    const bool whole = Past || filled == lanes<A>;
+    T* at = whole ? to : aside;
+    const int64_t next = whole ? pitch : lanes<A>;
+    for (int i = 0; i < Rows; ++i) Past ? stream(at + i * next, rows[i]) : store(at + i * next, rows[i]);
+    if (whole) return;
+    for (int i = 0; i < Rows; ++i) std::copy_n(aside + i * lanes<A>, filled, to + i * pitch);
+  }
+};
 
 // Kernels of one owner's vector of channels as vectors (T, lanes): one value a plane, or one a channel.
 template <class A>
@@ -280,6 +274,41 @@ void spread_kernels(const ConvArgs& args, int64_t b, int64_t c, int64_t count, A
     }
   }
 }
+
+// ---- what happens beside the arithmetic
+// -------------------------------------------------------------------------------
+
+// Memory that the next strip will read or write: `count` pieces of `bytes`, `stride` apart.
+struct Fetch {
+  const char* data;
+  int64_t count, stride, bytes;
+  bool write;
+
+  // always_inline: GCC takes a function that only prefetches for one without effect, and drops its calls
+  __attribute__((always_inline)) void run(int64_t part, int64_t parts) const {
+    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+      const char* piece = data + i * stride;
+      for (int64_t at = 0; at < bytes; at += 64)
+        write ? __builtin_prefetch(piece + at, 1, 3) : __builtin_prefetch(piece + at, 0, 2);
+    }
+  }
+};
+
+// A share of the fetches after every tile: one after the other, reading and computing would take turns.
+struct Ahead {
+  std::vector<Fetch> fetches;
+  int64_t part = 0, parts = 1;
+
+  void restart(int64_t steps) {
+    fetches.clear();
+    part = 0, parts = steps;
+  }
+  void step() {
+    if (part >= parts) return;
+    for (const Fetch& fetch : fetches) fetch.run(part, parts);
+    ++part;
+  }
+};
 
 // ---- one tile: Rows rows of one vector ------------------------------------------------------------------------------
 //
@@ -297,7 +326,7 @@ struct Window {
 // 5x5, and 5x1 and 1x5 with Three. Flipped kernels give the gradient to x of one output.
 template <int Rows, bool Three, class A, class T, class Put>
 inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square, const A* vertical, const A* horizontal,
-                       T* const (&out)[3], int64_t out_pitch, Put put) {
+                       T* const (&out)[3], Put& put) {
   constexpr int64_t n = lanes<A>;
   vec<A> acc[3][Rows] = {};
 #pragma GCC unroll 5
@@ -320,15 +349,14 @@ inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square,
       for (int i = 0; i < Rows; ++i) acc[2][i] += window.v[i + 2] * k;
     }
   }
-  for (int o = 0; o < (Three ? 3 : 1); ++o) {
-    for (int i = 0; i < Rows; ++i) put(out[o] + i * out_pitch, acc[o][i]);
-  }
+#pragma GCC unroll 3  // an index that the compiler does not know would put the accumulators into memory
+  for (int o = 0; o < (Three ? 3 : 1); ++o) put(out[o], acc[o]);
 }
 
 // The gradient to x: sum over the outputs of their gradients with flipped kernels.
 template <int Rows, bool Three, class A, class T, class Put>
 inline void cross_tile_grad(const A* const (&grad)[3], int64_t pitch, int64_t step, const A* square, const A* vertical,
-                            const A* horizontal, T* out, int64_t out_pitch, Put put) {
+                            const A* horizontal, T* out, Put& put) {
   constexpr int64_t n = lanes<A>;
   vec<A> acc[Rows] = {};
 #pragma GCC unroll 5
@@ -352,7 +380,7 @@ inline void cross_tile_grad(const A* const (&grad)[3], int64_t pitch, int64_t st
       for (int i = 0; i < Rows; ++i) acc[i] += window.v[i + r] * k;
     }
   }
-  for (int i = 0; i < Rows; ++i) put(out + i * out_pitch, acc[i]);
+  put(out, acc);
 }
 
 template <class A>
@@ -401,19 +429,19 @@ inline void cross_sums_column(const A* x, const A* const (&grad)[3], int64_t pit
   }
 }
 
-template <int Rows, bool Three, class A, class Step>
+template <int Rows, bool Three, class A>
 inline void cross_sums(const A* x, const A* const (&grad)[3], int64_t pitch, int64_t step, int64_t block,
-                       int64_t blocks, vec<A> last, A* square, A* vertical, A* horizontal, Step done) {
+                       int64_t blocks, vec<A> last, A* square, A* vertical, A* horizontal, Ahead& ahead) {
   cross_sums_column<Rows, Three, 0>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
-  done();
+  ahead.step();
   cross_sums_column<Rows, Three, 1>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
-  done();
+  ahead.step();
   cross_sums_column<Rows, Three, 2>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
-  done();
+  ahead.step();
   cross_sums_column<Rows, Three, 3>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
-  done();
+  ahead.step();
   cross_sums_column<Rows, Three, 4>(x, grad, pitch, step, block, blocks, last, square, vertical, horizontal);
-  done();
+  ahead.step();
 }
 
 // Any taps: Sign is 1 for the outputs and -1 for the gradient to x.
@@ -427,41 +455,6 @@ inline void any_tile(const A* center, int64_t pitch, int64_t step, const Shift* 
     for (int i = 0; i < Rows; ++i) acc[i] += load(at + i * pitch) * k;
   }
 }
-
-// ---- what happens beside the arithmetic
-// ------------------------------------------------------------------------------
-
-// Memory that the next strip will read or write: `count` pieces of `bytes`, `stride` apart.
-struct Fetch {
-  const char* data;
-  int64_t count, stride, bytes;
-  bool write;
-
-  // always_inline: GCC takes a function that only prefetches for one without effect, and drops its calls
-  __attribute__((always_inline)) void run(int64_t part, int64_t parts) const {
-    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
-      const char* piece = data + i * stride;
-      for (int64_t at = 0; at < bytes; at += 64)
-        write ? __builtin_prefetch(piece + at, 1, 3) : __builtin_prefetch(piece + at, 0, 2);
-    }
-  }
-};
-
-// A share of the fetches after every tile: one after the other, reading and computing would take turns.
-struct Ahead {
-  std::vector<Fetch> fetches;
-  int64_t part = 0, parts = 1;
-
-  void restart(int64_t steps) {
-    fetches.clear();
-    part = 0, parts = steps;
-  }
-  void step() {
-    if (part >= parts) return;
-    for (const Fetch& fetch : fetches) fetch.run(part, parts);
-    ++part;
-  }
-};
 
 // n elements on a cache line.
 template <class A>
@@ -484,8 +477,9 @@ class Scratch {
 template <int Rows, bool Overlap, class F>
 inline void each_tile(int64_t rows, const F& f) {
   int64_t y = 0;
-  for (; y + Rows <= rows; y += Rows) f(std::integral_constant<int, Rows>{}, y);
-  if (Overlap && y < rows && rows >= Rows) return f(std::integral_constant<int, Rows>{}, rows - Rows);
+  for (const int64_t end = Overlap && rows >= Rows ? rows : rows - Rows + 1; y < end; y += Rows) {
+    f(std::integral_constant<int, Rows>{}, std::min(y, rows - Rows));
+  }
   for (; y + kTail <= rows; y += kTail) f(std::integral_constant<int, kTail>{}, y);
   for (; y < rows; ++y) f(std::integral_constant<int, 1>{}, y);
 }
@@ -499,14 +493,14 @@ inline int64_t overlapping_tiles(int64_t rows, int64_t tile) {
 template <class A, class F>
 inline void each_vector(const ConvArgs& args, const Strip<A>& s, const F& f) {
   const int64_t next = args.channels_last ? 1 : lanes<A>;
-  for (int64_t j = 0; j + 1 < s.blocks; ++j) f(j * next);
-  f(args.channels_last || args.width < lanes<A> ? (s.blocks - 1) * next : args.width - lanes<A>);
+  const int64_t last = args.channels_last || args.width < lanes<A> ? (s.blocks - 1) * next : args.width - lanes<A>;
+  for (int64_t j = 0; j < s.blocks; ++j) f(std::min(j * next, last));
 }
 
 // x padded (one vector of channels) -> outputs.
-template <class A, class T, class Put, class Step>
+template <bool Past, class A, class T>
 void convolve(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x, const A* kernels, const Target<T>& out,
-              Put put, Step step) {
+              int64_t filled, Ahead& ahead) {
   constexpr int64_t n = lanes<A>;
   const Cross& k = args.sizes;
   if (args.cross) {
@@ -522,9 +516,10 @@ void convolve(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x,
         each_vector(args, s, [&](int64_t z) {
           const int64_t at = y * out.row + z * out.column;
           T* const to[3] = {outs[0] + at, Three ? outs[1] + at : nullptr, Three ? outs[2] + at : nullptr};
+          Put<Past, decltype(tile)::value, A, T> put(filled, out.row);
           cross_tile<decltype(tile)::value, Three>(x + y * s.pitch + z * s.step, s.pitch, s.step, square, vertical,
-                                                   horizontal, to, out.row, put);
-          step();
+                                                   horizontal, to, put);
+          ahead.step();
         });
       });
     };
@@ -538,10 +533,9 @@ void convolve(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x,
         vec<A> acc[R] = {};
         any_tile<R, 1>(center + y * s.pitch + z * s.step, s.pitch, s.step, args.tap + args.first[o],
                        args.first[o + 1] - args.first[o], kernels + args.first[o] * n, acc);
-        T* to = out.to + o * out.output + y * out.row + z * out.column;
-        for (int i = 0; i < R; ++i) put(to + i * out.row, acc[i]);
+        Put<Past, R, A, T>(filled, out.row)(out.to + o * out.output + y * out.row + z * out.column, acc);
       }
-      step();
+      ahead.step();
     });
   });
 }
@@ -551,9 +545,9 @@ int64_t convolve_steps(const ConvArgs& args, const Strip<A>& s, int64_t rows) {
 }
 
 // Gradients padded (L, padded) -> gradient to x.
-template <class A, class T, class Put, class Step>
+template <bool Past, class A, class T>
 void convolve_back(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* const* grads, const A* kernels,
-                   const Target<T>& out, Put put, Step step) {
+                   const Target<T>& out, int64_t filled, Ahead& ahead) {
   constexpr int64_t n = lanes<A>;
   const Cross& k = args.sizes;
   if (args.cross) {
@@ -565,9 +559,10 @@ void convolve_back(const ConvArgs& args, const Strip<A>& s, int64_t rows, const 
         each_vector(args, s, [&](int64_t z) {
           const int64_t from = y * s.pitch + z * s.step;
           const A* const g[3] = {grads[0] + from, Three ? grads[1] + from : nullptr, Three ? grads[2] + from : nullptr};
+          Put<Past, decltype(tile)::value, A, T> put(filled, out.row);
           cross_tile_grad<decltype(tile)::value, Three>(g, s.pitch, s.step, square, vertical, horizontal,
-                                                        out.to + y * out.row + z * out.column, out.row, put);
-          step();
+                                                        out.to + y * out.row + z * out.column, put);
+          ahead.step();
         });
       });
     };
@@ -582,17 +577,16 @@ void convolve_back(const ConvArgs& args, const Strip<A>& s, int64_t rows, const 
         any_tile<R, -1>(grads[o] + center + y * s.pitch + z * s.step, s.pitch, s.step, args.tap + args.first[o],
                         args.first[o + 1] - args.first[o], kernels + args.first[o] * n, acc);
       }
-      T* to = out.to + y * out.row + z * out.column;
-      for (int i = 0; i < R; ++i) put(to + i * out.row, acc[i]);
-      step();
+      Put<Past, R, A, T>(filled, out.row)(out.to + y * out.row + z * out.column, acc);
+      ahead.step();
     });
   });
 }
 
 // sums (T, lanes) += gradient * shifted x over the strip.
-template <class A, class Step>
+template <class A>
 void sum_products(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A* x, const A* const* grads, A* sums,
-                  Step step) {
+                  Ahead& ahead) {
   constexpr int64_t n = lanes<A>;
   const int64_t center = args.reach_rows * s.pitch + args.reach_columns * s.step;
   using integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
@@ -612,7 +606,7 @@ void sum_products(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A
         const A* const g[3] = {grads[0] + center + at, Three ? grads[1] + center + at : nullptr,
                                Three ? grads[2] + center + at : nullptr};
         cross_sums<R, Three>(x + at, g, s.pitch, s.step, s.block, s.blocks, last, sums + k.square * n,
-                             Three ? sums + k.vertical * n : nullptr, Three ? sums + k.horizontal * n : nullptr, step);
+                             Three ? sums + k.vertical * n : nullptr, Three ? sums + k.horizontal * n : nullptr, ahead);
       };
       return args.outputs == 3 ? run(std::true_type{}) : run(std::false_type{});
     }
@@ -632,7 +626,7 @@ void sum_products(const ConvArgs& args, const Strip<A>& s, int64_t rows, const A
         store(sums + t * n, load(sums + t * n) + acc[0]);
       }
     }
-    for (int i = 0; i < 5; ++i) step();
+    for (int i = 0; i < 5; ++i) ahead.step();
   });
 }
 inline int64_t sum_steps(int64_t rows) { return tiles(rows, kTileSums) * 5; }
@@ -724,8 +718,8 @@ void forward(const ConvArgs& args, int64_t begin, int64_t end) {
       spread_kernels(args, owner.b, c, count, kernels.data());
       read_strip<T>(args, s, x, owner.b, c, count, y0, y1, padded.data());
       const Target<T> target(args, args.out, args.outputs, owner.b, c, y0);
-      with_put<A>(args, target, count, [&](auto put) {
-        convolve(args, s, y1 - y0, padded.data(), kernels.data(), target, put, [&] { ahead.step(); });
+      with_stores<A>(args, target, count, [&](auto past, int64_t filled) {
+        convolve<decltype(past)::value>(args, s, y1 - y0, padded.data(), kernels.data(), target, filled, ahead);
       });
     }
   }
@@ -752,7 +746,6 @@ void backward(const ConvArgs& args, int64_t begin, int64_t end) {
     grads[size_t(place)] = grad.data() + o * each;
   }
   Ahead ahead;
-  const auto step = [&] { ahead.step(); };
   for (int64_t task = begin; task < end; ++task) {
     const Owner<T, A> owner(args, s, task);
     for (int64_t g = 0; g < owner.groups && need_x; ++g) {
@@ -785,13 +778,14 @@ void backward(const ConvArgs& args, int64_t begin, int64_t end) {
         if (need_kernels) {
           read_strip<T>(args, s, from_x, owner.b, c, count, y0, y1, x.data());
           std::fill_n(sums.data(), spread, A(0));
-          sum_products(args, s, rows, x.data(), grads.data(), sums.data(), step);
+          sum_products(args, s, rows, x.data(), grads.data(), sums.data(), ahead);
           for (int64_t i = 0; i < spread; ++i) totals.data()[g * spread + i] += sums.data()[i];
         }
         if (need_x) {
           const Target<T> target(args, args.grad_x, 1, owner.b, c, y0);
-          with_put<A>(args, target, count, [&](auto put) {
-            convolve_back(args, s, rows, grads.data(), kernels.data() + g * spread, target, put, step);
+          with_stores<A>(args, target, count, [&](auto past, int64_t filled) {
+            convolve_back<decltype(past)::value>(args, s, rows, grads.data(), kernels.data() + g * spread, target,
+                                                 filled, ahead);
           });
         }
       }

@@ -40,7 +40,8 @@ inline std::string current;  // the case at hand, for whoever ends the program
 
 inline void print_case(int) {  // of SIGABRT, in which sanitizers end too
   // no allocation: ThreadSanitizer waits for ever on one inside of a signal
-  [[maybe_unused]] const auto written = write(2, "failed: ", 8) + write(2, current.data(), current.size());
+  [[maybe_unused]] const auto written =
+      write(2, "failed: ", 8) + write(2, current.data(), current.size()) + write(2, "\n", 1);
 }
 
 template <class... Args>
