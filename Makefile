@@ -1,4 +1,4 @@
-# Verbs: demo, test, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
+# Verbs: demo, test, test-slow, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
 # lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test test-slow fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -34,17 +34,23 @@ demo: .venv/installed .venv/native
 	$(PY) -m fss_models demo --out report/demo
 	$(PY) -m benchmarks report report/results.json --out report/index.html --demo report/demo
 
-# Separate processes: the CPU's instruction set and a missing library are decided when a process starts. AVX-512 with and
+# The fast part. Separate processes: the CPU's instruction set and a missing library are decided when a process starts. AVX-512 with and
 # without bfloat16 products differ in dense_cosine only.
 test: .venv/installed .venv/native
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/interpreted
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreted
 	set -e; isas=$$($(PY) -c "from fss_kernels import _library as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); \
 	for isa in $$isas; do \
 	  case $$isa in avx512) chosen="dense_cosine and not reference";; *) chosen="not reference";; esac; \
 	  echo "== CPU kernels for $$isa: $$chosen"; \
 	  FSS_KERNELS_CPU_ISA=$$isa $(PYTEST) tests/test_numerics.py tests/ops -k "$$chosen"; \
 	done
+
+# The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, thousands of
+# calls that must leave nothing behind, the interpreter on larger samples and every layout.
+test-slow: .venv/installed .venv/native
+	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted
 
 # Random calls for half an hour, in rounds: each prints its seed, and what it tried of every op, at least 500.
 FUZZ_SECONDS ?= 1800

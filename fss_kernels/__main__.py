@@ -64,7 +64,7 @@ def _layouts(backend: str, device: str, dtype: torch.dtype) -> list[str]:
 
 
 def _largest_sample(backend: str, device: str) -> int:
-    return 1_200 if backend == "triton" and device == "cpu" else sys.maxsize  # interpreted: milliseconds a program
+    return 640 if backend == "triton" and device == "cpu" else sys.maxsize  # interpreted: milliseconds a program
 
 
 def _verify_interpreted(ops: Sequence[str] = ()) -> tuple[int, str]:

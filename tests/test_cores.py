@@ -12,6 +12,8 @@ from fss_kernels import _library
 sys.path.insert(0, str(Path(__file__).parent / "cpp"))
 import sanitize_cores
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("op", sanitize_cores.OPS)
 def test_core_under_sanitizers(op, tmp_path):

@@ -23,6 +23,8 @@ SOURCES = sorted(ROOT.glob("csrc/*/*_cuda.cu"))
 sys.path.insert(0, str(ROOT))
 from setup import NVCC_FLAGS  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # The axis of a resize against its definition: rows as matrices, walked and direct; the reach of the transpose.
 AXIS_TEST = r"""
 #include <cmath>

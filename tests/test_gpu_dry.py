@@ -14,6 +14,8 @@ import torch
 from benchmarks import environment, gpu, gpu_timing, measure, models, peers
 from fss_kernels import _library, testing
 
+pytestmark = pytest.mark.slow
+
 ROW = measure.rows(measure.Plan(("masked_avg_pool",), tiny=True))[0]
 CEILINGS = dict.fromkeys(("read_gbps", "write_gbps", "copy_gbps", "gemm_fp32_gflops", "gemm_bf16_gflops"), 1e6)
 OURS = f"{measure.OURS}:reference"

@@ -9,6 +9,8 @@ from pathlib import Path
 import distribution
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RUN_ONE = """
 import torch, fss_kernels

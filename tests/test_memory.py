@@ -121,6 +121,7 @@ def refused_below(spec: testing.Spec) -> Callable[[], object]:
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, calls",
     [(forward, 1000), (both, 1000), (refused, 1000), (refused_below, 1000), (second, 200)],

@@ -25,6 +25,8 @@ from triton.compiler import ASTSource
 
 from fss_kernels import _library, testing
 
+pytestmark = pytest.mark.slow
+
 testing.specs()  # registers the ops
 
 TARGETS = {

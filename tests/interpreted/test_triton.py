@@ -11,18 +11,35 @@ TRITON = [spec for spec in SPECS if "triton" in spec.op.backends]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "expanded")
 
 
+def elements(sample):
+    return sum(t.numel() for t in sample.tensors.values())
+
+
 def layouts(dtype, index, sample):
     """The interpreter takes seconds: every layout for small samples in float32; else one or two, in turn."""
-    if dtype == torch.float32 and sum(t.numel() for t in sample.tensors.values()) <= 1000:
+    if dtype == torch.float32 and elements(sample) <= 1000:
         return LAYOUTS
     return (LAYOUTS[index % 2],) if dtype == torch.float16 else (LAYOUTS[index % 2], LAYOUTS[2 + index % 3])
 
 
+def speed(dtype, index, layout, sample):
+    """Fast are small samples, float32 in one layout, in turn."""
+    in_turn = dtype == torch.float16 or layout == LAYOUTS[index % len(LAYOUTS)]
+    return () if in_turn and elements(sample) <= 640 else pytest.mark.slow
+
+
 CASES = [
-    pytest.param(spec, dtype, layout, sample, id=f"{spec.name}-{ids(dtype)}-{layout}-{sample.id}")
+    pytest.param(
+        spec,
+        dtype,
+        layout,
+        sample,
+        id=f"{spec.name}-{ids(dtype)}-{layout}-{sample.id}",
+        marks=speed(dtype, index, layout, sample),
+    )
     for spec in TRITON
     for index, sample in enumerate(spec.samples())
-    if sum(t.numel() for t in sample.tensors.values()) <= 40_000
+    if elements(sample) <= 40_000
     for dtype in (torch.float32, torch.float16)  # the interpreter truncates bfloat16 stores
     for layout in layouts(dtype, index, sample)
 ]
@@ -40,6 +57,7 @@ def test_matches_float64(spec, dtype, layout, sample):
         assert comparison.passed, comparison.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", TRITON, ids=ids)
 def test_batch_neighbours_do_not_matter(spec):
     """The split of the work depends on the sample, not on the batch: the same bits alone and together."""

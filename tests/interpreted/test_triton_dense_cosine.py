@@ -10,7 +10,7 @@ import fss_kernels
 from fss_kernels import dense_cosine_match, dense_cosine_max, testing
 from fss_kernels.ops.dense_cosine import triton_kernels
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 DPCN = ((5, 1), (3, 3), (1, 5))
 OPTIONS = [{}, {"masked": "exclude"}, {"windows": DPCN}, {"windows": ((3, 1), (1, 1)), "masked": "exclude"}]
 max_options = pytest.mark.parametrize("options", OPTIONS, ids=["zero", "exclude", "dpcn", "two-windows"])
