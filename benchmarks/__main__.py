@@ -44,7 +44,7 @@ def run(
 
     Args:
         ops: names of ops; all of them when none is given
-        quick: fewer rounds, one size an op that moves little memory, no peer that compiles for a minute
+        quick: fewer rounds, one size an op that moves little memory, the peers of a sweep
         out: one result file of all; benchmarks/results/<machine>-<folder of the op>.json when empty
         sizes: shell patterns of size labels, and the classes S, M and L
         dtypes: dtypes of the features
@@ -150,7 +150,7 @@ def _finish(results: dict[str, Any], path: Path) -> int:
         if record["error"] is not None and record["optional"]:
             _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")
     if results.get("plan", {}).get("quick"):
-        _say(f"left out of a quick run: {', '.join(measure.SLOW_TO_COMPILE)}, which compile for up to a minute a row")
+        _say("a quick run: released code, the best eager form and the fastest compiled one of every op, no other peer")
     for note in results.get("notes", []):
         _say(f"not to be trusted: {note}")
     for failure in results["failures"]:

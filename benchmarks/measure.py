@@ -37,8 +37,6 @@ SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.f
 SLOW_PEER, FIRST_ROUNDS = 2.0, 3
 # One this many times slower sits out after a single round.
 HOPELESS = 20.0
-# Peers that compile for up to a minute a row are not part of a quick run.
-SLOW_TO_COMPILE = ("max-autotune*",)
 # Measurement noise: a ceiling and an op are timed milliseconds apart, not at once.
 ROOF_SLACK = 1.03
 
@@ -394,8 +392,7 @@ class Session:
                 p
                 for p in usable
                 if p.name not in selected([p.name], plan.exclude)
-                and not (plan.quick and p.name in selected([p.name], SLOW_TO_COMPILE))
-                and (not plan.sweep or p.name in sweeps.PEERS.get(op, (p.name,)))
+                and (p.name in sweeps.PEERS.get(op, (p.name,)) or not (plan.sweep or plan.quick))
             ]
             for op, (usable, _) in resolved.items()
         }

@@ -42,7 +42,7 @@ class DemoConfig:
     """
 
     out: str = "report/demo"
-    steps: int = 400
+    steps: int = 250
     batch: int = 8
     size: int = 65
     lr: float = 3e-3
