@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fss_kernels
+from benchmarks import measure
 from fss_kernels import dense_cosine_match, dense_cosine_max, testing
 from fss_kernels.ops.dense_cosine import reference
 
@@ -469,14 +470,23 @@ def test_one_shot_is_a_shot(backend):
 
 
 def test_channels_last_shots_are_not_copied(backend):
-    query, support = randn(2, 9, 5, 6, dtype=torch.float32), randn(2, 3, 9, 4, 7, dtype=torch.float32)
+    """The same memory as without strides, and the same values."""
+    query, support = randn(2, 9, 20, 20, dtype=torch.float32), randn(2, 3, 9, 20, 21, dtype=torch.float32)
     leaf = testing.LAYOUTS["channels_last"](support).requires_grad_()
     assert leaf.stride(2) == 1
-    (dense_cosine_max(query, leaf)[0]).sum().backward()
     plain = support.requires_grad_()
-    dense_cosine_max(query, plain)[0].sum().backward()
+    leaves = leaf, plain
+    scores = [dense_cosine_max(query, shots)[0] for shots in leaves]
+    for score in scores:
+        score.sum().backward(retain_graph=True)
     assert leaf.grad.stride() == leaf.stride()
     torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-5, atol=1e-6)
+    pairs = list(zip(leaves, scores, strict=True))
+    for strided, dense in (
+        [lambda x=x: dense_cosine_max(query, x) for x in leaves],
+        [lambda x=x, y=y: torch.autograd.grad(y.sum(), x, retain_graph=True) for x, y in pairs],
+    ):
+        assert measure.extra_bytes(strided) == measure.extra_bytes(dense)
 
 
 def test_indices_have_no_gradient(backend):
