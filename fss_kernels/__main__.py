@@ -64,7 +64,7 @@ def _layouts(backend: str, device: str, dtype: torch.dtype) -> list[str]:
 
 
 def _largest_tensor(backend: str, device: str) -> int:
-    """Elements, at most. Large samples are there for the ways of a kernel; the reference is PyTorch's own operations."""
+    """Elements. Large samples are there for the ways of a kernel; the reference is PyTorch's own operations."""
     if backend == "triton" and device == "cpu":
         return 360  # interpreted: milliseconds a program
     return 30_000 if backend == "reference" else sys.maxsize
