@@ -1,5 +1,5 @@
-# Verbs: demo, test, test-slow, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check, emulate-cuda, gpu, gpu-wheels. Everything
-# lives in .venv; nothing is installed elsewhere.
+# Verbs: demo, test, test-slow, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check,
+# emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
 # One thread a process: two processes share two cores; tests about threads set their number.
@@ -8,7 +8,8 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test test-slow fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu gpu-wheels clean
+.PHONY: demo test test-slow fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu \
+  gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -26,7 +27,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 native: .venv/native
 
-# The main job: what runs here, is it right, how fast is it; a network trained for a minute; then report/index.html.
+# The main job: what runs here, is it right, how fast is it; a network trained briefly; then report/index.html.
 demo: .venv/installed .venv/native
 	$(PY) -m fss_kernels info
 	$(PY) -m fss_kernels verify
@@ -34,8 +35,8 @@ demo: .venv/installed .venv/native
 	$(PY) -m fss_models demo --out report/demo
 	$(PY) -m benchmarks report report/results.json --out report/index.html --demo report/demo
 
-# The fast part. Separate processes: the CPU's instruction set and a missing library are decided when a process starts. AVX-512 with and
-# without bfloat16 products differ in dense_cosine only.
+# The fast part. Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
+# AVX-512 with and without bfloat16 products differ in dense_cosine only.
 test: .venv/installed .venv/native
 	$(PYTEST) -m "not slow"
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreted
@@ -46,8 +47,8 @@ test: .venv/installed .venv/native
 	  FSS_KERNELS_CPU_ISA=$$isa $(PYTEST) tests/test_numerics.py tests/ops -k "$$chosen"; \
 	done
 
-# The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, thousands of
-# calls that must leave nothing behind, the interpreter on larger samples and every layout.
+# The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, thousands
+# of calls that must leave nothing behind, the interpreter on larger samples and every layout.
 test-slow: .venv/installed .venv/native
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted

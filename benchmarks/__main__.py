@@ -146,11 +146,12 @@ def _finish(results: dict[str, Any], path: Path) -> int:
                 _say(f"  {e['provider']:28} {speed} of the roof, {(e['extra_bytes'] or 0) / 1e6:8.2f} MB extra")
             else:
                 _say(f"  {e['provider']:28} refused: its numbers are wrong")
-    for record in results.get("peers", []):
+    quick = results.get("plan", {}).get("quick")
+    if quick:
+        _say("a quick run: released code, the best eager form and the fastest compiled one of every op, no other peer")
+    for record in [] if quick else results.get("peers", []):
         if record["error"] is not None and record["optional"]:
             _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")
-    if results.get("plan", {}).get("quick"):
-        _say("a quick run: released code, the best eager form and the fastest compiled one of every op, no other peer")
     for note in results.get("notes", []):
         _say(f"not to be trusted: {note}")
     for failure in results["failures"]:

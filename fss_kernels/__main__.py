@@ -63,11 +63,12 @@ def _layouts(backend: str, device: str, dtype: torch.dtype) -> list[str]:
     return [layout for layout in testing.LAYOUTS if layout in few]
 
 
-def _largest_tensor(backend: str, device: str) -> int:
-    """Elements. Large samples are there for the ways of a kernel; the reference is PyTorch's own operations."""
+def _takes(sample: testing.Sample, backend: str, device: str) -> bool:
+    """Large samples are there for the ways of a kernel; the reference is PyTorch's own operations."""
+    elements = max(t.numel() for t in sample.tensors.values())
     if backend == "triton" and device == "cpu":
-        return 360  # interpreted: milliseconds a program
-    return 30_000 if backend == "reference" else sys.maxsize
+        return elements <= 360  # interpreted: milliseconds a program
+    return elements <= 30_000 or backend != "reference"
 
 
 def _verify_interpreted(ops: Sequence[str] = ()) -> tuple[int, str]:
@@ -102,9 +103,8 @@ def _compare(console: Console, ops: Sequence[str], only: str | None) -> int:
                 (row for row in rows if row[0] is spec), key=lambda row: (row[1], testing.DTYPES.index(row[3]))
             )
             for sample in spec.samples():
-                elements = max(t.numel() for t in sample.tensors.values())
                 for _, device, backend, dtype, layout in own:
-                    if elements <= _largest_tensor(backend, device) and testing.takes(sample, layout):
+                    if _takes(sample, backend, device) and testing.takes(sample, layout):
                         outcome = testing.evaluate(spec, sample, backend, dtype, layout, device)
                         found[spec, device, backend, dtype, layout] += outcome
     for (spec, _, backend, dtype, layout), results in found.items():

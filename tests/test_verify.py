@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SPECS, sample_of
+from conftest import SPECS, ids, sample_of
 
 from fss_kernels import __main__, _library, testing
 
@@ -92,6 +92,14 @@ def test_triton_is_verified_in_the_interpreter():
     code, out = __main__._verify_interpreted(["masked_avg_pool"])
     assert code == 0
     assert "triton" in out and "verify: 3 rows, " in out and ", all within bounds" in out and "reference" not in out
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_the_samples_of_a_backend_have_every_gradient(spec, backend):
+    taken = [s for s in spec.samples() if __main__._takes(s, backend, "cpu")]
+    names = {n for s in taken for n in testing.differentiable_names(spec, spec.cast(s, torch.float32))}
+    assert names == set(spec.differentiable)
 
 
 def test_an_interpreter_that_cannot_run_is_named(few_rows, monkeypatch, capsys):

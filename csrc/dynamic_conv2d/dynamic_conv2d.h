@@ -86,14 +86,13 @@ constexpr int kTail = 2;
 // Where things are in a strip's scratch, in elements.
 template <class A>
 struct Strip {
-  int64_t rows;       // of a full strip
-  int64_t step;       // from a column to the next: 1, or lanes when channels_last
-  int64_t blocks;     // vectors in a row of outputs
-  int64_t block;      // from one of them to the next
-  int64_t pitch;      // of the padded scratch: from a row to the next
-  int64_t out_pitch;  // the same of the results, which are dense
-  int64_t groups;     // vectors of channels that a task owns
-  int64_t padded;     // elements of the scratch of one vector of channels
+  int64_t rows;    // of a full strip
+  int64_t step;    // from a column to the next: 1, or lanes when channels_last
+  int64_t blocks;  // vectors in a row of outputs
+  int64_t block;   // from one of them to the next
+  int64_t pitch;   // of the padded scratch: from a row to the next
+  int64_t groups;  // vectors of channels that a task owns
+  int64_t padded;  // elements of the scratch of one vector of channels
 
   explicit Strip(const ConvArgs& args, int64_t type_bytes) {
     constexpr int64_t n = lanes<A>;
@@ -275,8 +274,7 @@ void spread_kernels(const ConvArgs& args, int64_t b, int64_t c, int64_t count, A
   }
 }
 
-// ---- what happens beside the arithmetic
-// -------------------------------------------------------------------------------
+// ---- what happens beside the arithmetic -----------------------------------------------------------------------------
 
 // Memory that the next strip will read or write: `count` pieces of `bytes`, `stride` apart.
 struct Fetch {
@@ -324,9 +322,9 @@ struct Window {
 };
 
 // 5x5, and 5x1 and 1x5 with Three. Flipped kernels give the gradient to x of one output.
-template <int Rows, bool Three, class A, class T, class Put>
+template <int Rows, bool Three, bool Past, class A, class T>
 inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square, const A* vertical, const A* horizontal,
-                       T* const (&out)[3], Put& put) {
+                       T* const (&out)[3], Put<Past, Rows, A, T>& put) {
   constexpr int64_t n = lanes<A>;
   vec<A> acc[3][Rows] = {};
 #pragma GCC unroll 5
@@ -354,9 +352,9 @@ inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square,
 }
 
 // The gradient to x: sum over the outputs of their gradients with flipped kernels.
-template <int Rows, bool Three, class A, class T, class Put>
+template <int Rows, bool Three, bool Past, class A, class T>
 inline void cross_tile_grad(const A* const (&grad)[3], int64_t pitch, int64_t step, const A* square, const A* vertical,
-                            const A* horizontal, T* out, Put& put) {
+                            const A* horizontal, T* out, Put<Past, Rows, A, T>& put) {
   constexpr int64_t n = lanes<A>;
   vec<A> acc[Rows] = {};
 #pragma GCC unroll 5

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter, where TRITON_INTERPRET=1 was set when the process started (make test)."""
+"""The Triton kernels in the interpreter: TRITON_INTERPRET=1 was set when the process started (make test, test-slow)."""
 
 import pytest
 import torch
