@@ -27,7 +27,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 
 native: .venv/native
 
-# The main job: what runs here, is it right, how fast is it; a network trained briefly; then report/index.html.
+# The main job: what runs here, is it right, how fast is it; a network trained for a minute; then report/index.html.
 demo: .venv/installed .venv/native
 	$(PY) -m fss_kernels info
 	$(PY) -m fss_kernels verify

@@ -1,4 +1,4 @@
-"""A brief training on rendered characters, judged on characters that were never seen."""
+"""A minute's training on rendered characters, judged on characters that were never seen."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class DemoConfig:
-    """DPCN (tiny) trained on fold 0 of the glyphs, briefly, and evaluated on unseen glyphs.
+    """DPCN (tiny) trained on fold 0 of the glyphs for a minute and evaluated on unseen glyphs.
 
     Attributes:
         out: folder for demo.json, grid.png, episode-<i>.png and the run.
@@ -42,7 +42,7 @@ class DemoConfig:
     """
 
     out: str = "report/demo"
-    steps: int = 250
+    steps: int = 400
     batch: int = 8
     size: int = 65
     lr: float = 3e-3
