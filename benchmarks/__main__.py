@@ -44,7 +44,7 @@ def run(
 
     Args:
         ops: names of ops; all of them when none is given
-        quick: fewer rounds, one size an op that moves little memory, the peers of a sweep
+        quick: fewer rounds, one size an op that moves little memory, the eager peers of a sweep
         out: one result file of all; benchmarks/results/<machine>-<folder of the op>.json when empty
         sizes: shell patterns of size labels, and the classes S, M and L
         dtypes: dtypes of the features
@@ -148,7 +148,7 @@ def _finish(results: dict[str, Any], path: Path) -> int:
                 _say(f"  {e['provider']:28} refused: its numbers are wrong")
     quick = results.get("plan", {}).get("quick")
     if quick:
-        _say("a quick run: released code, the best eager form and the fastest compiled one of every op, no other peer")
+        _say("a quick run: released code and the best eager form of every op, no other peer and none compiled")
     for record in [] if quick else results.get("peers", []):
         if record["error"] is not None and record["optional"]:
             _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")

@@ -393,6 +393,7 @@ class Session:
                 for p in usable
                 if p.name not in selected([p.name], plan.exclude)
                 and (p.name in sweeps.PEERS.get(op, (p.name,)) or not (plan.sweep or plan.quick))
+                and not (plan.quick and p.name.startswith("compile("))
             ]
             for op, (usable, _) in resolved.items()
         }

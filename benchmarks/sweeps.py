@@ -10,7 +10,7 @@ from typing import Any
 
 from fss_kernels.testing import Spec
 
-# Released code, the best eager form and the fastest compiled one, of a quick run as well: compiling takes minutes.
+# Released code, the best eager form and the fastest compiled one; a quick run leaves that out: compiling takes minutes.
 PEERS = {
     "masked_avg_pool": ("eager", "bmm", "compile(bmm)"),
     "prototype_cosine": ("cosine_similarity", "folded-bmm", "compile(folded-bmm)"),
