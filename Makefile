@@ -1,4 +1,4 @@
-# Verbs: demo, test, test-slow, fuzz, sanitize, bench, gate, readme, mutants, native, lint, dist, dist-check,
+# Verbs: demo, test, test-slow, fuzz, sanitize, bench, gate, readme, mutants, lint, dist, dist-check,
 # emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -10,7 +10,7 @@ export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: demo test test-slow fuzz sanitize bench gate readme mutants native lint dist dist-check emulate-cuda gpu \
+.PHONY: demo test test-slow fuzz sanitize bench gate readme mutants lint dist dist-check emulate-cuda gpu \
   gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
@@ -18,32 +18,24 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 	$(PIP_INSTALL) torch numpy setuptools wheel ninja pybind11 build
 	@touch $@
 
+# csrc/native.cpp compiles while pip downloads.
 .venv/installed: .venv/requirements $(SOURCES)
-	$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	FSS_KERNELS_BUILD=native $(PY) setup.py -q build_ext --inplace & native=$$!; \
+	  $(PIP_INSTALL) --no-build-isolation -e '.[dev]' && wait $$native
 	@touch $@
 
-# csrc/native.cpp is among the sources that .venv/installed depends on
-.venv/native: .venv/installed
-	FSS_KERNELS_BUILD=native $(PY) setup.py -q build_ext --inplace
-	@touch $@
-
-native: .venv/native
-
-# The main job: what runs here, is it right, how fast is it; then report/index.html. Beside the checks, on a thread of
-# its own, a network is trained for a minute or two; nothing else runs while something is timed.
-demo: .venv/installed .venv/native
+# The main job: what runs here, is it right, how fast is it; a network trained for a minute; then report/index.html.
+# Interpreting the Triton kernels takes as long as all of these together: `fss-kernels verify` alone does it.
+demo: .venv/installed
 	$(PY) -m fss_kernels info
-	mkdir -p report
-	OMP_NUM_THREADS=1 $(PY) -m fss_models demo --out report/demo > report/demo.log 2>&1 & training=$$!; \
-	  trap 'kill $$training; exit 130' INT TERM; \
-	  $(PY) -m fss_kernels verify; verified=$$?; \
-	  wait $$training; trained=$$?; cat report/demo.log; exit $$(( verified || trained ))
+	$(PY) -m fss_kernels verify --no-interpreter
 	$(PY) -m benchmarks run --quick --out report/results.json
+	$(PY) -m fss_models demo --out report/demo
 	$(PY) -m benchmarks report report/results.json --out report/index.html --demo report/demo
 
 # The fast part. Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
 # AVX-512 with and without bfloat16 products differ in dense_cosine only.
-test: .venv/installed .venv/native
+test: .venv/installed
 	$(PYTEST) -m "not slow"
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreted
 	set -e; isas=$$($(PY) -c "from fss_kernels import _library as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); \
@@ -55,7 +47,7 @@ test: .venv/installed .venv/native
 
 # The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, thousands
 # of calls that must leave nothing behind, the interpreter on larger samples and every layout.
-test-slow: .venv/installed .venv/native
+test-slow: .venv/installed
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted
 
@@ -67,7 +59,7 @@ fuzz: .venv/installed
 	done
 
 # Every number of the README: ops, networks, host, glyph networks (hours: what has a result is not trained again).
-bench: .venv/installed .venv/native
+bench: .venv/installed
 	$(PY) -m benchmarks run
 	$(PY) -m benchmarks run --sweep --rounds 4
 	$(PY) -m benchmarks.models
@@ -77,7 +69,7 @@ bench: .venv/installed .venv/native
 	$(PY) -m benchmarks readme
 
 # No op slower than 1.5 times its committed ratio to a stand-in bound by the same resource.
-gate: .venv/installed .venv/native
+gate: .venv/installed
 	$(PY) -m benchmarks gate
 
 readme: .venv/installed

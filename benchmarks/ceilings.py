@@ -21,7 +21,8 @@ def native() -> ModuleType:
     try:
         return importlib.import_module("fss_kernels._native")
     except ImportError as error:
-        raise RuntimeError("the ceilings need the module fss_kernels._native: run `make native`") from error
+        command = "FSS_KERNELS_BUILD=native python setup.py build_ext --inplace"
+        raise RuntimeError(f"the ceilings need the module fss_kernels._native: run `{command}`") from error
 
 
 def buffer(size: int) -> torch.Tensor:

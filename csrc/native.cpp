@@ -1,6 +1,6 @@
 // The developer's module `_native`: torch-free cores on NumPy arrays, and what this machine can do at most (reading,
 // writing, copying memory, fused multiply-add). Its threads are std::thread: a second OpenMP runtime in the process
-// would keep spinning next to PyTorch's. Built by `make native`, never part of a wheel.
+// would keep spinning next to PyTorch's. Never part of a wheel.
 //
 // The file is its own FSS_CORE: without FSS_ISA it is the module, with FSS_ISA the code of one instruction set.
 #ifndef FSS_ISA

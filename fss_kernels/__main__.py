@@ -130,9 +130,17 @@ def _compare(console: Console, ops: Sequence[str], only: str | None) -> int:
     return code
 
 
-def verify(console: Console, ops: Sequence[str] = (), only: str | None = None) -> int:
-    """Compares ops (all of them when none is named) on every backend, or one, with float64; 1 when anything fails."""
-    interpret = only is None and not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+def verify(console: Console, ops: Sequence[str] = (), only: str | None = None, interpreter: bool = True) -> int:
+    """Compares ops (all of them when none is named) on every backend, or one, with float64; 1 when anything fails.
+
+    Without a GPU the Triton kernels are interpreted, unless ``interpreter`` is False.
+    """
+    interpret = (
+        interpreter
+        and only is None
+        and not torch.cuda.is_available()
+        and importlib.util.find_spec("triton") is not None
+    )
     interpret = interpret and not _library.TRITON_INTERPRETED
     fault = _library.interpreter_fault(importlib.metadata.version("triton")) if interpret else None
     with ThreadPoolExecutor(1) as pool:  # interpreting takes minutes on one processor
@@ -162,11 +170,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=["info", "verify"], help="show backends, or check numerics on this machine")
     parser.add_argument("ops", nargs="*", metavar="op", help="verify only these ops")
     parser.add_argument("--backend", choices=_library.BACKENDS, help="verify only this backend")
+    parser.add_argument("--no-interpreter", action="store_true", help="verify no Triton kernels without a GPU")
     chosen = parser.parse_args(arguments)
     if unknown := sorted(set(chosen.ops) - set(_library.ops)):
         parser.error(f"unknown op {', '.join(unknown)}; there are {', '.join(_library.ops)}")
     console = Console(width=None if sys.stdout.isatty() else 160)
-    return info(console) if chosen.command == "info" else verify(console, chosen.ops, chosen.backend)
+    return (
+        info(console)
+        if chosen.command == "info"
+        else verify(console, chosen.ops, chosen.backend, not chosen.no_interpreter)
+    )
 
 
 if __name__ == "__main__":

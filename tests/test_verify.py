@@ -87,6 +87,11 @@ def test_verify_reports_the_interpreted_process(few_rows, monkeypatch, capsys):
     assert torch.cuda.is_available() or "of the other process" in capsys.readouterr().out
 
 
+def test_verify_without_the_interpreter(few_rows, monkeypatch):
+    monkeypatch.setattr(__main__, "_verify_interpreted", lambda *_: (1, "of the other process"))
+    assert __main__.main(["verify", "--no-interpreter"]) == 0
+
+
 def test_triton_is_verified_in_the_interpreter():
     """One op in a process of its own; tests/interpreted has the others."""
     code, out = __main__._verify_interpreted(["masked_avg_pool"])

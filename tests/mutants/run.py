@@ -4,7 +4,8 @@
 
 A mutant is a patch under tests/mutants/<op>/. Prints the test that caught it; exits non-zero when one survives.
 The committed score keeps that test of every fault, as each is done. The next run tries it first, then those of other
-faults of the op: only a fault that none of them catches costs the whole suite. Nothing else is taken from the file.
+faults of the op: only a fault that none of them catches costs the whole suite. In unchanged sources a fault that was
+caught is not planted again: delete the score to plant them all.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tqdm.contrib.concurrent import thread_map
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks import reliability  # noqa: E402
+from fss_kernels import _library  # noqa: E402
 
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
@@ -48,7 +50,7 @@ def prepare(directory: str, compiled: bool) -> Path:
     if compiled:
         # a fault is one at every level of optimisation; this one compiles in half the time
         setup = copy / "setup.py"
-        setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))
+        setup.write_text(setup.read_text().replace('"-O2", "-fpeel-loops"', '"-O1"'))
         build(copy)
     return copy
 
@@ -114,59 +116,80 @@ def failure(copy: Path, tests: list[str], interpreted: bool = False, processes: 
     return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else None
 
 
+def runs_here(patch: Path) -> bool:
+    """Whether this processor can run the faulty code: the screen of dense_cosine needs AVX512-BF16."""
+    return not patch.stem.startswith("screen-") or _library.cpu_isa() == "avx512_bf16"
+
+
 def name(patch: Path) -> str:
     """Of a fault in the score: op/fault."""
     return f"{patch.parent.name}/{patch.stem}"
 
 
+def unchanged(commit: str) -> bool:
+    """Whether what is tested is that of the commit: kernels, networks and faults; tests may be others."""
+    tested = ["csrc", "fss_kernels", "fss_models", "tests/mutants/*.patch", ":(exclude)*.md"]
+    command = ["git", "diff", "--quiet", commit, "--", *tested]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
 class Score:
-    """The committed outcome of every fault, written as each is done."""
+    """The committed outcome of every fault, written as each is done.
+
+    A run that was interrupted goes on: a fault that was caught in the very same sources is not planted again.
+    """
 
     def __init__(self) -> None:
         known: dict[str, Any] = reliability.read("mutants") or {"faults": {}}
-        planted = {name(p) for p in ROOT.glob("tests/mutants/*/*.patch")}
-        self.faults: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
+        patches = [*ROOT.glob("tests/mutants/*/*.patch")]
+        planted = {name(p) for p in patches}
         self.whole = len(planted)
-        self.now: dict[str, bool] = {}
+        self.known: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
+        run: dict[str, Any] = known.get("environment", {})
+        same = run.get("clean") and unchanged(run["commit"])
+        self.faults: dict[str, str | None] = {k: v for k, v in self.known.items() if v} if same else {}
+        self.not_run = sorted({name(p) for p in patches if not runs_here(p)} - self.faults.keys())
 
     def likely(self, patch: Path) -> list[str]:
         """The test that caught a fault, then those of its op that caught others, the most frequent first."""
-        own = self.faults.get(name(patch))
-        found = Counter(t for k, t in self.faults.items() if t and k.startswith(f"{patch.parent.name}/"))
+        known = self.known | self.faults
+        own = known.get(name(patch))
+        found = Counter(t for k, t in known.items() if t and k.startswith(f"{patch.parent.name}/"))
         tests = [own] * bool(own) + [test for test, _ in found.most_common(LIKELY) if test != own]
         there = (t for t in tests if Path(ROOT, t.partition("::")[0]).is_file())  # a crash has no test
         return [t for t in there if ("interpreted" in t) == of_triton(patch)]
 
     def record(self, patch: Path, caught: str | None) -> None:
-        """Adds an outcome; only those of this run count."""
-        self.now[name(patch)] = caught is not None
+        """Adds an outcome."""
         self.faults[name(patch)] = caught
-        counts = {"whole": self.whole, "planted": len(self.now), "caught": sum(self.now.values())}
-        reliability.record("mutants", counts | {"faults": dict(sorted(self.faults.items()))})
+        counts = {"whole": self.whole, "planted": len(self.faults), "caught": sum(map(bool, self.faults.values()))}
+        faults = {"faults": dict(sorted(self.faults.items())), "not_run": self.not_run}
+        reliability.record("mutants", counts | faults)
 
 
 def main(names: list[str]) -> int:
     """Runs the mutants of those names or ops, or all."""
     patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or {p.stem, p.parent.name} & {*names})
+    score, lock = Score(), threading.Lock()
+    outcomes = {} if names else score.faults.copy()
+    left = [p for p in patches if name(p) not in outcomes and runs_here(p)]
     with contextlib.ExitStack() as stack:
-        workers = min(os.cpu_count() or 1, len(patches))
+        workers = min(os.cpu_count() or 1, max(1, len(left)))
         directories = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(workers)]
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        ops = {p.parent.name for p in patches}
+        ops = {p.parent.name for p in left}
         compiled = [bool(ops - {NETWORKS})] * workers
         for copy in thread_map(prepare, directories, compiled, max_workers=workers, desc="copies"):
             copies.put(copy)
         # no fault at all: everything must pass, or every fault would be "caught"
         copy = copies.get()
         failed = next((f for suite in suites(ops) if (f := failure(copy, suite, processes=workers))), None)
-        if failed is None and any(of_triton(p) for p in patches):
+        if failed is None and any(of_triton(p) for p in left):
             failed = failure(copy, ["tests/interpreted"], interpreted=True, processes=workers)
         if failed is not None:
             print(f"mutants: the tests fail without any fault: {failed}")
             return 1
         copies.put(copy)
-
-        score, lock = Score(), threading.Lock()
 
         def run(patch: Path) -> str | None:
             copy = copies.get()
@@ -181,14 +204,15 @@ def main(names: list[str]) -> int:
             finally:
                 copies.put(copy)
 
-        results = thread_map(run, patches, max_workers=workers, desc="mutants")
+        outcomes |= zip(map(name, left), thread_map(run, left, max_workers=workers, desc="mutants"), strict=True)
     table = Table("op", "planted fault", "caught by")
-    for patch, caught in zip(patches, results, strict=True):
+    for patch in patches:
+        caught = outcomes.get(name(patch), "not run: this processor has no AVX512-BF16")
         table.add_row(patch.parent.name, patch.stem, escape(caught) if caught else "[red]SURVIVED[/red]")
     Console(width=180).print(table)
-    survived = results.count(None)
-    print(f"mutants: {len(patches)} planted, {len(patches) - survived} caught, {survived} survived")
-    return 1 if survived or not patches else 0
+    survived = [*outcomes.values()].count(None)
+    print(f"mutants: {len(outcomes)} planted, {len(outcomes) - survived} caught, {survived} survived")
+    return 1 if survived or not outcomes else 0
 
 
 if __name__ == "__main__":

@@ -260,9 +260,9 @@ def test_mask_is_resized(backend):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("masked", ["zero", "exclude"])
 def test_ties_take_the_lowest_index(backend, masked, dtype):
-    """Repeated vectors with exact arithmetic, in every position of a tile and beyond one task."""
+    """Repeated vectors with exact arithmetic, in every position of a tile and beyond one task (384 KiB of a query)."""
     few = signs(1, 256, 1, 4, dtype=dtype)
-    query = few[..., torch.arange(66) % 4].view(1, 256, 6, 11)
+    query = few[..., torch.arange(870) % 4].view(1, 256, 29, 30)
     support = few[..., torch.arange(91) % 3].view(1, 256, 7, 13)
     mask = torch.ones(1, 7, 13)
     mask[0, 0, :5] = 0
@@ -279,7 +279,7 @@ def test_ties_take_the_lowest_index(backend, masked, dtype):
     assert torch.equal(
         matches[1].flatten(), torch.where(c[5:].amax(0) == c[5:], torch.arange(5, 91)[:, None], 99).amin(0)
     )
-    of_support = torch.where(c.amax(1, True) == c, torch.arange(66), 99).amin(1)
+    of_support = torch.where(c.amax(1, True) == c, torch.arange(870), 870).amin(1)
     assert torch.equal(matches[3].flatten(), torch.where(candidates >= 0, of_support, -1))
 
 
