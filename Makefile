@@ -2,7 +2,8 @@
 # emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
-# Most of what is installed is never imported: Python compiles what is.
+# Most of what is installed is never imported: Python compiles what is, once.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(PY) -m pip install -q --no-compile -c constraints.txt
 # One thread a process: two processes share two cores; tests about threads set their number.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -q

@@ -15,6 +15,8 @@ import jinja2
 from benchmarks.measure import OURS
 from benchmarks.targets import fastest_peer, row_entries, version_of
 
+PLAIN = "{x:g}"  # labels of a logarithmic axis: as powers of ten they take a third of the drawing
+
 
 def _templates() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
@@ -78,6 +80,7 @@ def _plot(row: dict[str, Any]) -> str:
         axes.axvline(row["floor"] * 1e3, color="#15803d", linestyle="--", label="roof of this machine")
         if max(medians) > 30 * min(medians):
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(PLAIN)
         axes.set_xlabel("ms (median, p20 to p80)")
         figure.legend(loc="outside upper right", frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -107,6 +110,8 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
             style = {OURS: {"color": "#c2410c", "linewidth": 2.5}, "roof": {"color": "#15803d", "ls": "--"}}
             axes.plot(*zip(*sorted(values), strict=True), marker="o", markersize=4, label=name, **style.get(name, {}))
         axes.set(xscale="log", yscale="log", xlabel="MB that must move", ylabel="ms")
+        axes.xaxis.set_major_formatter(PLAIN)
+        axes.yaxis.set_major_formatter(PLAIN)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         text = io.StringIO()
@@ -141,6 +146,7 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
                     label = name if part == 1 else None
                     axes.plot(*zip(*xy, strict=True), marker="o", markersize=4, label=label, **style.get(name, {}))
             axes.set(xscale="log", yscale="log", ylabel=unit)
+            axes.yaxis.set_major_formatter(PLAIN)
             axes.spines[["top", "right"]].set_visible(False)
         ticks = sorted({v[0] for values in points.values() for v in values})
         panels[1].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
