@@ -37,6 +37,7 @@ from fss_kernels import _library  # noqa: E402
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
+TESTED = ("csrc", "fss_kernels", "fss_models", "tests/mutants/*.patch", ":(exclude)*.md")
 LIKELY = 12  # tests that caught other faults of an op, to try before all of them
 NETWORKS = "models"  # faults of fss_models: Python only, with tests of their own
 
@@ -74,7 +75,8 @@ def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
         if "csrc/" in first_line(patch):
             build(copy)
         triton = of_triton(patch)
-        calls = [["tests/interpreted"] if triton else suites({patch.parent.name})[0]]
+        op = patch.parent.name
+        calls = [["tests/interpreted", "-k", op] if triton else suites({op})[0]]
         if likely:
             calls.insert(0, [*likely])
         return next((found for call in calls if (found := failure(copy, call, triton))), None)
@@ -126,10 +128,9 @@ def name(patch: Path) -> str:
     return f"{patch.parent.name}/{patch.stem}"
 
 
-def unchanged(commit: str) -> bool:
-    """Whether what is tested is that of the commit: kernels, networks and faults; tests may be others."""
-    tested = ["csrc", "fss_kernels", "fss_models", "tests/mutants/*.patch", ":(exclude)*.md"]
-    command = ["git", "diff", "--quiet", commit, "--", *tested]
+def unchanged(commit: str, *paths: str) -> bool:
+    """Whether these are as in the commit."""
+    command = ["git", "diff", "--quiet", commit, "--", *paths]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -146,8 +147,10 @@ class Score:
         self.whole = len(planted)
         self.known: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
         run: dict[str, Any] = known.get("environment", {})
-        same = run.get("clean") and unchanged(run["commit"])
+        same = run.get("clean") and unchanged(run["commit"], *TESTED)
         self.faults: dict[str, str | None] = {k: v for k, v in self.known.items() if v} if same else {}
+        # the first of them was recorded after every test had passed without a fault
+        self.tests_pass = bool(self.faults) and unchanged(run["commit"], "tests", ":(exclude)tests/mutants")
         self.not_run = sorted({name(p) for p in patches if not runs_here(p)} - self.faults.keys())
 
     def likely(self, patch: Path) -> list[str]:
@@ -182,9 +185,10 @@ def main(names: list[str]) -> int:
         for copy in thread_map(prepare, directories, compiled, max_workers=workers, desc="copies"):
             copies.put(copy)
         # no fault at all: everything must pass, or every fault would be "caught"
-        copy = copies.get()
-        failed = next((f for suite in suites(ops) if (f := failure(copy, suite, processes=workers))), None)
-        if failed is None and any(of_triton(p) for p in left):
+        copy, failed = copies.get(), None
+        if not score.tests_pass:
+            failed = next((f for suite in suites(ops) if (f := failure(copy, suite, processes=workers))), None)
+        if not score.tests_pass and failed is None and any(of_triton(p) for p in left):
             failed = failure(copy, ["tests/interpreted"], interpreted=True, processes=workers)
         if failed is not None:
             print(f"mutants: the tests fail without any fault: {failed}")
