@@ -175,6 +175,19 @@ def test_more_kernels_than_one_launch_takes(sizes, merge):
                 torch.testing.assert_close(grad.double(), wanted[1][list(tensors).index(name)], rtol=1e-5, atol=1e-4)
 
 
+def test_unwanted_gradients_of_kernels_take_no_launch(monkeypatch):
+    from fss_kernels.ops.dynamic_conv2d import triton_kernels
+
+    asked, launches = [], triton_kernels._launches
+    monkeypatch.setattr(triton_kernels, "_launches", lambda wanted, *m: asked.append([*wanted]) or launches(wanted, *m))
+    kernels = [torch.randn(1, 3, 1, 3), torch.randn(1, 3, 3, 1, requires_grad=True), torch.randn(1, 3, 1, 1)]
+    with fss_kernels.use_backend("triton"):
+        out = fss_kernels.dynamic_conv2d(torch.randn(1, 3, 4, 5), kernels)
+        asked.clear()
+        out.sum().backward()
+    assert asked == [[1], [1]]  # its products, and the sum over their pieces
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_nan_reaches_what_a_tap_covers(merge):
     """A merged cross does not spread it to its bounding box; a weight of 0 does not stop it."""
