@@ -5,9 +5,8 @@ PY := .venv/bin/python
 # Most of what is installed is never imported: Python compiles what is, once.
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(PY) -m pip install -q --no-compile -c constraints.txt
-# One thread a process: two processes share two cores; tests about threads set their number. What is allocated holds
-# huge numbers, not zeros: nothing may read what it has not written (glibc; elsewhere it changes nothing).
-PYTEST := OMP_NUM_THREADS=1 MALLOC_PERTURB_=128 $(PY) -m pytest -n auto --dist worksteal -q
+# One thread a process: two processes share two cores; tests about threads set their number.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -q
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml

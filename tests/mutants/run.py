@@ -58,8 +58,8 @@ def prepare(directory: str, compiled: bool) -> Path:
 
 def environment(copy: Path) -> dict[str, str]:
     """For a process that uses the copy, one of as many as there are processors."""
-    own = {"PYTHONPATH": str(copy), "FSS_KERNELS_BUILD": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
-    return os.environ | own | {"OMP_NUM_THREADS": "1", "MALLOC_PERTURB_": "128"}  # as in the Makefile
+    own = {"PYTHONPATH": str(copy), "FSS_KERNELS_BUILD": "cpu", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | own
 
 
 def build(copy: Path) -> None:
