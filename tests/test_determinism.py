@@ -1,4 +1,4 @@
-"""Same inputs, same bits: repeats, thread counts, position in the batch; no state between calls, whatever memory held."""
+"""Same inputs, same bits: repeats, threads, position in the batch; no state between calls, whatever memory held."""
 
 import os
 import subprocess
