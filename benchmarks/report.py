@@ -15,7 +15,7 @@ import jinja2
 from benchmarks.measure import OURS
 from benchmarks.targets import fastest_peer, row_entries, version_of
 
-PLAIN = "{x:g}"  # labels of a logarithmic axis: as powers of ten they take a third of the drawing
+PLAIN = "{x:g}"  # labels of a logarithmic axis: as powers of ten they take a fifth of the drawing
 
 
 def _templates() -> jinja2.Environment:
