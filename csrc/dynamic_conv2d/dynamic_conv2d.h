@@ -160,12 +160,13 @@ void scatter_kernels(const ConvArgs& args, const Branch* branches, int64_t count
 
 // ---- between tensors and scratch ------------------------------------------------------------------------------------
 
-// Rows [y0, y1) of a plane with its halo; rows and columns outside it are 0. What passes the end of a row is
-// overwritten by the next one: scratch has room for one more vector.
+// Rows [y0, y1) of a plane with its halo; rows and columns outside it are 0. Scratch starts as 0 and nothing else is
+// written beside the plane, so that its columns stay 0. What passes the end of a row is overwritten by the next one:
+// scratch has room for one more vector.
 template <class T, class A>
 void pad_plane(const ConvArgs& args, const Strip<A>& s, const T* plane, int64_t y0, int64_t y1, A* padded) {
   constexpr int64_t n = lanes<A>;
-  const int64_t w = args.width, right = s.pitch - args.reach_columns - w;
+  const int64_t w = args.width;
   const vec<A> zero = {};
   for (int64_t y = y0 - args.reach_rows; y < y1 + args.reach_rows; ++y, padded += s.pitch) {
     if (y < 0 || y >= args.height) {
@@ -174,14 +175,12 @@ void pad_plane(const ConvArgs& args, const Strip<A>& s, const T* plane, int64_t 
     }
     const T* row = plane + y * w;
     A* to = padded + args.reach_columns;
-    store(padded, zero);
     if (w < n) {
       store(to, load_partial(row, w));
     } else {
       for (int64_t z = 0; z + n <= w; z += n) store(to + z, load(row + z));
       store(to + w - n, load(row + w - n));
     }
-    for (int64_t z = 0; z < right; z += n) store(to + w + z, zero);
   }
 }
 
@@ -190,19 +189,16 @@ template <class T, class A>
 void pad_channels(const ConvArgs& args, const Strip<A>& s, const T* pixels, int64_t stride, int64_t count, int64_t y0,
                   int64_t y1, A* padded) {
   constexpr int64_t n = lanes<A>;
-  const int64_t edge = args.reach_columns * n;
   for (int64_t y = y0 - args.reach_rows; y < y1 + args.reach_rows; ++y, padded += s.pitch) {
     if (y < 0 || y >= args.height) {
       std::fill_n(padded, s.pitch, A(0));
       continue;
     }
-    std::fill_n(padded, edge, A(0));
     const T* pixel = pixels + y * args.width * stride;
-    A* to = padded + edge;
+    A* to = padded + args.reach_columns * n;
     for (int64_t z = 0; z < args.width; ++z, pixel += stride, to += n) {
       store(to, count == n ? load(pixel) : load_partial(pixel, count));
     }
-    std::fill_n(to, edge, A(0));
   }
 }
 
@@ -454,7 +450,7 @@ inline void any_tile(const A* center, int64_t pitch, int64_t step, const Shift* 
   }
 }
 
-// n elements on a cache line.
+// n elements on a cache line, 0 at first.
 template <class A>
 class Scratch {
  public:

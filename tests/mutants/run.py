@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -37,9 +38,9 @@ from fss_kernels import _library  # noqa: E402
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
-TESTED = ("csrc", "fss_kernels", "fss_models", "tests/mutants/*.patch", ":(exclude)*.md")
+TESTED = ("csrc", "fss_kernels", ":(exclude)*.md")
 LIKELY = 12  # tests that caught other faults of an op, to try before all of them
-NETWORKS = "models"  # faults of fss_models: Python only, with tests of their own
+NETWORKS, NETWORK_CODE = "models", "fss_models"  # its faults: Python only, with tests of their own
 
 
 def prepare(directory: str, compiled: bool) -> Path:
@@ -130,6 +131,21 @@ def name(patch: Path) -> str:
     return f"{patch.parent.name}/{patch.stem}"
 
 
+def sources(op: str) -> list[str]:
+    """What its faults depend on, as git names paths: all but the networks and the folders of ops that no op imports."""
+    if op == NETWORKS:
+        return [*TESTED, NETWORK_CODE, f"tests/mutants/{op}"]
+    imports = {o for p in ROOT.glob("fss_kernels/ops/*/*.py") for o in imported(p) if o != p.parent.name}
+    others = {p.parent.name for p in ROOT.glob("tests/mutants/*/*.patch")} - {op, NETWORKS}
+    left_out = [f"{place}/{o}" for place in ("csrc", "fss_kernels/ops") for o in sorted(others - imports)]
+    return [*TESTED, f"tests/mutants/{op}", *(f":(exclude){path}" for path in left_out)]
+
+
+def imported(module: Path) -> list[str]:
+    """The ops that a module of one imports."""
+    return re.findall(r"^from fss_kernels\.ops\.(\w+)", module.read_text(), re.MULTILINE)
+
+
 def unchanged(commit: str, *paths: str) -> bool:
     """Whether these are as in the commit."""
     command = ["git", "diff", "--quiet", commit, "--", *paths]
@@ -149,8 +165,9 @@ class Score:
         self.whole = len(planted)
         self.known: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
         run: dict[str, Any] = known.get("environment", {})
-        same = run.get("clean") and unchanged(run["commit"], *TESTED)
-        self.faults: dict[str, str | None] = {k: v for k, v in self.known.items() if v} if same else {}
+        ops = {p.parent.name for p in patches} if run.get("clean") else set()
+        same = {op for op in ops if unchanged(run["commit"], *sources(op))}
+        self.faults: dict[str, str | None] = {k: v for k, v in self.known.items() if v and k.partition("/")[0] in same}
         # the first of them was recorded after every test had passed without a fault
         self.tests_pass = bool(self.faults) and unchanged(run["commit"], "tests", ":(exclude)tests/mutants")
         self.not_run = sorted({name(p) for p in patches if not runs_here(p)} - self.faults.keys())
