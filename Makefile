@@ -59,12 +59,13 @@ fuzz: .venv/installed
 	  FUZZ_RUN=$$run FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
 
-# Every number of the README: ops, networks, host, glyph networks (hours: what has a result is not trained again).
+# Every number of the README: ops, networks, host, glyph networks. Hours: what this machine has measured from the same
+# sources is not measured again, nor a network trained that has a result.
 bench: .venv/installed
-	$(PY) -m benchmarks run
-	$(PY) -m benchmarks run --sweep --rounds 4
-	$(PY) -m benchmarks.models
-	$(PY) -m benchmarks overhead
+	$(PY) -m benchmarks run --resume
+	$(PY) -m benchmarks run --resume --sweep --rounds 4
+	$(PY) -m benchmarks.models --resume
+	$(PY) -m benchmarks overhead --resume
 	$(PY) -m benchmarks.glyphs run
 	$(PY) -m benchmarks check
 	$(PY) -m benchmarks readme

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     sweep: bool = False,
+    resume: bool = False,
 ) -> int:
     """Measures ops against their peers and writes a JSON file for every folder of ops.
 
@@ -54,6 +56,7 @@ def run(
         repeats: timed calls in a turn
         seed: of the order of turns
         sweep: sizes along one axis at a time, for plots, in benchmarks/results/sweeps
+        resume: leave out what this machine has measured so from the same sources
         device: cpu, or cuda: the stages core and peers of benchmarks.gpu, for all ops
     """
     if device == "cuda":
@@ -83,8 +86,20 @@ def run(
     for path, members in groups.items():
         chosen = (tuple(names) for names in (members, dtypes, sizes, exclude))
         plan = measure.Plan(*chosen, quick, sweep, tiny, named, rounds, repeats, seed, threads)
+        if resume and _is_measured(
+            path, asdict(plan), *environment.sources(*(known[op].op.folder or op for op in members))
+        ):
+            continue
         codes.append(_finish(_measured(plan), path))
-    return max(codes)
+    return max(codes, default=0)
+
+
+def _is_measured(path: Path, plan: dict[str, Any], *paths: str) -> bool:
+    """Whether a file needs no new measurement, and says so."""
+    found = environment.measured(path, plan, *paths)
+    if found:
+        _say(f"{path.name}: measured already, from the same sources; delete it to measure again")
+    return found
 
 
 def _on_gpu(out: str) -> int:
@@ -275,19 +290,23 @@ def plot(files: list[str] = (), out: str = "report/plots") -> int:
     return int(count == 0)
 
 
-def overhead(ops: list[str] = (), out: str = "") -> int:
+def overhead(ops: list[str] = (), out: str = "", resume: bool = False) -> int:
     """Measures what a call costs the host, in microseconds.
 
     Args:
         ops: names of ops; all of them when none is given
         out: result file; benchmarks/results/overhead/<machine>.json when empty
+        resume: not when this machine has measured it from the same sources
     """
     from benchmarks import overhead as costs
+
+    path = Path(out) if out else costs.FOLDER / f"{environment.machine_slug()}.json"
+    if resume and _is_measured(path, {}, *environment.sources(), "benchmarks/overhead.py"):
+        return 0
 
     if "MALLOC_TOP_PAD_" not in os.environ:
         command = [sys.executable, "-m", "benchmarks", "overhead", *ops, "--out", out]
         return subprocess.run(command, cwd=environment.ROOT, env=_fixed_environment()).returncode
-    path = Path(out) if out else costs.FOLDER / f"{environment.machine_slug()}.json"
     for line in (costs.header(), *costs.cells(costs.run(tuple(ops) or tuple(testing.specs()), path))):
         _say("  ".join(f"{cell:>24}" for cell in line))
     _say(f"microseconds a call -> {path}")

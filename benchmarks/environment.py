@@ -14,6 +14,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # committed files
 SCHEMA = 1
+FOLDERS = ("csrc", "fss_kernels/ops")  # each with a folder an op
+# How it is measured, and built.
+MEASURING = ["setup.py", "constraints.txt", "benchmarks/suite"]
+MEASURING += [f"benchmarks/{name}.py" for name in ("ceilings", "measure", "peers", "sweeps")]
 # glibc gives large blocks back to the system at once and PyTorch asks for them again: every call would pay for page
 # faults, and eager code 3 to 6 times over. These settings keep the memory in the process.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_TOP_PAD_": str(256 << 20)}
@@ -46,6 +50,34 @@ def cpu() -> str:
 def machine_slug() -> str:
     """File name of this machine's committed results."""
     return re.sub(r"[^a-z0-9]+", "-", f"{cpu()} {cores()} cores".lower()).strip("-")
+
+
+def sources(*ops: str) -> list[str]:
+    """What the kernels in these folders of ops are made of, or all kernels, as git names paths: other ops that none
+    imports are left out."""
+    modules = [*ROOT.glob("fss_kernels/ops/*/*.py")]
+    imported = {p: re.findall(r"^from fss_kernels\.ops\.(\w+)", p.read_text(), re.MULTILINE) for p in modules}
+    needed = {*ops} | {op for p, found in imported.items() for op in found if op != p.parent.name}
+    others = sorted({p.parent.name for p in modules} - needed) if ops else []
+    return ["csrc", "fss_kernels", ":(exclude)*.md", *(f":(exclude){at}/{o}" for o in others for at in FOLDERS)]
+
+
+def unchanged(commit: str, *paths: str) -> bool:
+    """Whether these are as in the commit."""
+    command = ["git", "diff", "--quiet", commit, "--", *paths]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def measured(path: Path, plan: dict[str, Any], *paths: str) -> bool:
+    """Whether a result file is of this plan and PyTorch, from a clean tree in which these have not changed since."""
+    import torch
+
+    if not path.exists():
+        return False
+    results = json.loads(path.read_text())
+    env = results["environment"]
+    same = results.get("plan", {}) == json.loads(json.dumps(plan)) and env["torch"] == torch.__version__
+    return same and env["clean"] and unchanged(env["commit"], *MEASURING, *paths)
 
 
 def environment() -> dict[str, Any]:

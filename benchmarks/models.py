@@ -386,7 +386,7 @@ def run(plan: Plan, out: Path) -> int:
     return 1 if failures else 0
 
 
-def main(out: str = "", quick: bool = False, rounds: int | None = None, peak_of: str = "") -> int:
+def main(out: str = "", quick: bool = False, rounds: int | None = None, peak_of: str = "", resume: bool = False) -> int:
     """Measures the networks; the measuring process starts with the allocator and the threads fixed.
 
     Args:
@@ -394,18 +394,23 @@ def main(out: str = "", quick: bool = False, rounds: int | None = None, peak_of:
         quick: a tiny network, to test this program.
         rounds: in which every provider has a turn; 20 of SAM, 8 of a network when not given.
         peak_of: op:mode:provider; makes that one call and prints the peak resident size.
+        resume: not when this machine has measured it from the same sources.
     """
     plan = QUICK if quick else Plan()
     if peak_of:
         print(peak(plan, peak_of))
         return 0
+    plan = dataclasses.replace(plan, rounds=rounds, network_rounds=rounds) if rounds else plan
+    file = Path(out) if out else environment.RESULTS / f"{environment.machine_slug()}-models.json"
+    code = (*environment.sources(), "fss_models", "benchmarks/models.py")
+    if resume and environment.measured(file, {**asdict(plan), "ops": OPS}, *code):
+        print(f"{file.name}: measured already, from the same sources; delete it to measure again")
+        return 0
     if CHILD not in os.environ:
         own = {**environment.ALLOCATOR, "OMP_NUM_THREADS": str(environment.cores()), CHILD: "1"}
         command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | own).returncode
-    slug = environment.machine_slug()
-    file = Path(out) if out else environment.RESULTS / f"{slug}-models.json"
-    return run(dataclasses.replace(plan, rounds=rounds, network_rounds=rounds) if rounds else plan, file)
+    return run(plan, file)
 
 
 if __name__ == "__main__":

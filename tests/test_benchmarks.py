@@ -423,6 +423,51 @@ def test_environment_names_commit_and_tree():
     assert environment.machine_slug().replace("-", "").isalnum()
 
 
+def test_only_what_the_change_concerns_is_measured_again(tmp_path, monkeypatch, capsys):
+    """Of three ops `convolution` is alone and `pooling` is imported by `cosine`."""
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    for op in ("convolution", "pooling", "cosine"):
+        for folder in environment.FOLDERS:
+            (tmp_path / folder / op).mkdir(parents=True)
+        (tmp_path / "csrc" / op / "kernel.cpp").write_text("// first\n")
+        (tmp_path / "fss_kernels" / "ops" / op / "op.py").write_text("import torch\n")
+    (tmp_path / "fss_kernels/ops/cosine/op.py").write_text("from fss_kernels.ops.pooling import op\n")
+    (tmp_path / "setup.py").write_text("# first\n")
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    file, plan = tmp_path / "results.json", {"ops": ("cosine",), "rounds": 7}
+    env = {"clean": True, "commit": git("rev-parse", "HEAD"), "torch": torch.__version__}
+
+    def ran(**change) -> bool:
+        content = {"environment": env, "plan": plan} | change
+        environment.write_json(file, content)
+        return command._is_measured(file, plan, *environment.sources("cosine"))
+
+    assert not command._is_measured(file, plan) and ran() and "measured already" in capsys.readouterr().out
+    assert not ran(plan={**plan, "rounds": 8})
+    assert not ran(environment={**env, "clean": False}) and not ran(environment={**env, "torch": "1.0"})
+    assert not ran(environment={**env, "commit": "0" * 40})
+    for changed, same in (
+        ("csrc/convolution/kernel.cpp", True),
+        ("fss_kernels/ops/pooling/README.md", True),
+        ("csrc/pooling/kernel.cpp", False),
+        ("csrc/cosine/kernel.cpp", False),
+        ("fss_kernels/nn.py", False),
+        ("setup.py", False),
+    ):
+        (tmp_path / changed).write_text("// second\n")
+        git("add", "-A")
+        git("commit", "-qm", changed)
+        assert ran() is same, changed
+        git("reset", "-q", "--hard", "HEAD~1")
+
+
 def line(metric: str, bound: float, results: dict, key: str = "at_least") -> dict:
     row = {k: results["rows"][0][k] for k in ("op", "size", "dtype", "mode")}
     return {**row, "metric": metric, key: bound, "level": "must", "issue": "a line"}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import re
 import shutil
 import signal
 import subprocess
@@ -32,15 +31,14 @@ from tqdm.contrib.concurrent import thread_map
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from benchmarks import reliability  # noqa: E402
+from benchmarks import environment, reliability  # noqa: E402
 from fss_kernels import _library  # noqa: E402
 
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
-TESTED = ("csrc", "fss_kernels", ":(exclude)*.md")
 LIKELY = 12  # tests that caught other faults of an op, to try before all of them
-NETWORKS, NETWORK_CODE = "models", "fss_models"  # its faults: Python only, with tests of their own
+NETWORKS = "models"  # faults of fss_models: Python only, with tests of their own
 
 
 def prepare(directory: str, compiled: bool) -> Path:
@@ -57,7 +55,7 @@ def prepare(directory: str, compiled: bool) -> Path:
     return copy
 
 
-def environment(copy: Path) -> dict[str, str]:
+def variables(copy: Path) -> dict[str, str]:
     """For a process that uses the copy, one of as many as there are processors."""
     own = {"PYTHONPATH": str(copy), "FSS_KERNELS_BUILD": "cpu", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     return os.environ | own
@@ -66,7 +64,7 @@ def environment(copy: Path) -> dict[str, str]:
 def build(copy: Path) -> None:
     """The CPU library of the copy."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=copy, env=environment(copy), check=True, capture_output=True)
+    subprocess.run(command, cwd=copy, env=variables(copy), check=True, capture_output=True)
 
 
 def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
@@ -110,7 +108,7 @@ def selection(ops: set[str]) -> str:
 
 def failure(copy: Path, tests: list[str], interpreted: bool = False, processes: int = 0) -> str | None:
     """The first test that fails in the copy, or None."""
-    own = environment(copy) | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    own = variables(copy) | ({"TRITON_INTERPRET": "1"} if interpreted else {})
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     pytest += ["-n", str(processes), "--dist", "worksteal"] * bool(processes)
     result = subprocess.run(pytest, cwd=copy, env=own, capture_output=True, text=True)
@@ -132,24 +130,8 @@ def name(patch: Path) -> str:
 
 
 def sources(op: str) -> list[str]:
-    """What its faults depend on, as git names paths: all but the networks and the folders of ops that no op imports."""
-    if op == NETWORKS:
-        return [*TESTED, NETWORK_CODE, f"tests/mutants/{op}"]
-    imports = {o for p in ROOT.glob("fss_kernels/ops/*/*.py") for o in imported(p) if o != p.parent.name}
-    others = {p.parent.name for p in ROOT.glob("tests/mutants/*/*.patch")} - {op, NETWORKS}
-    left_out = [f"{place}/{o}" for place in ("csrc", "fss_kernels/ops") for o in sorted(others - imports)]
-    return [*TESTED, f"tests/mutants/{op}", *(f":(exclude){path}" for path in left_out)]
-
-
-def imported(module: Path) -> list[str]:
-    """The ops that a module of one imports."""
-    return re.findall(r"^from fss_kernels\.ops\.(\w+)", module.read_text(), re.MULTILINE)
-
-
-def unchanged(commit: str, *paths: str) -> bool:
-    """Whether these are as in the commit."""
-    command = ["git", "diff", "--quiet", commit, "--", *paths]
-    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    """What the faults of an op, or of the networks, depend on."""
+    return [*environment.sources(), "fss_models"] if op == NETWORKS else environment.sources(op)
 
 
 class Score:
@@ -166,10 +148,10 @@ class Score:
         self.known: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
         run: dict[str, Any] = known.get("environment", {})
         ops = {p.parent.name for p in patches} if run.get("clean") else set()
-        same = {op for op in ops if unchanged(run["commit"], *sources(op))}
+        same = {op for op in ops if environment.unchanged(run["commit"], f"tests/mutants/{op}", *sources(op))}
         self.faults: dict[str, str | None] = {k: v for k, v in self.known.items() if v and k.partition("/")[0] in same}
         # the first of them was recorded after every test had passed without a fault
-        self.tests_pass = bool(self.faults) and unchanged(run["commit"], "tests", ":(exclude)tests/mutants")
+        self.tests_pass = bool(self.faults) and environment.unchanged(run["commit"], "tests", ":(exclude)tests/mutants")
         self.not_run = sorted({name(p) for p in patches if not runs_here(p)} - self.faults.keys())
 
     def likely(self, patch: Path) -> list[str]:
