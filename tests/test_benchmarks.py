@@ -528,6 +528,19 @@ def test_every_line_has_a_row_and_a_bound():
             assert wanted["metric"] in ("roof", "extra_bytes") or name in names
 
 
+def test_only_a_crash_of_the_compiler_is_no_failure(results, tmp_path, capsys):
+    crash = "row peer: raised InductorError: AssertionError"
+    wrong = "row fss_kernels: raised RuntimeError: wrong"
+    path = tmp_path / "results.json"
+    assert command._finish(results | {"failures": [crash]}, path) == 0
+    written = json.loads(path.read_text())
+    assert written["failures"] == [] and written["notes"] == [crash] and crash in capsys.readouterr().out
+    assert command.main(["check", str(path), "--allow-short"]) in (0, 1) and crash in capsys.readouterr().out
+    assert command._finish(results | {"failures": [crash, wrong]}, path) == 1
+    failed = json.loads(path.with_name("results.json.failed").read_text())
+    assert failed["failures"] == [wrong] and json.loads(path.read_text()) == written
+
+
 @pytest.mark.parametrize("optional", [False, True])
 def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, capsys, optional):
     def version() -> str:
