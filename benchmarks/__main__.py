@@ -62,7 +62,7 @@ def run(
         device: cpu, or cuda: the stages core and peers of benchmarks.gpu, for all ops
     """
     if device == "cuda":
-        return _on_gpu(out)
+        return _on_gpu(out, resume)
     if device != "cpu":
         _say(f"run: device must be cpu or cuda, got {device}")
         return 2
@@ -88,23 +88,14 @@ def run(
     for path, members in groups.items():
         chosen = (tuple(names) for names in (members, dtypes, sizes, exclude))
         plan = measure.Plan(*chosen, quick, sweep, tiny, named, rounds, repeats, seed, threads)
-        if resume and _is_measured(
-            path, asdict(plan), *environment.sources(*(known[op].op.folder or op for op in members))
-        ):
+        folders = [known[op].op.folder or op for op in members]
+        if resume and environment.measured(path, asdict(plan), *environment.sources(*folders)):
             continue
         codes.append(_finish(_measured(plan), path))
     return max(codes, default=0)
 
 
-def _is_measured(path: Path, plan: dict[str, Any], *paths: str) -> bool:
-    """Whether a file needs no new measurement, and says so."""
-    found = environment.measured(path, plan, *paths)
-    if found:
-        _say(f"{path.name}: measured already, from the same sources; delete it to measure again")
-    return found
-
-
-def _on_gpu(out: str) -> int:
+def _on_gpu(out: str, resume: bool) -> int:
     """Calibration, our kernels, then their peers, each in at most ten minutes."""
     import torch
 
@@ -114,7 +105,7 @@ def _on_gpu(out: str) -> int:
         _say("run: device cuda: PyTorch sees no GPU; `make gpu DRY=1` runs the same code on a CPU")
         return 2
     folder = Path(out or environment.ROOT / "build" / "gpu")
-    return max(gpu.run(stage, folder) for stage in ("core", "peers"))
+    return max(gpu.run(stage, folder, resume=resume) for stage in ("core", "peers"))
 
 
 def _fixed_environment() -> dict[str, str]:
@@ -156,8 +147,9 @@ def _finish(results: dict[str, Any], path: Path) -> int:
     """
     from benchmarks import report
 
-    results["notes"] = [*results.get("notes", []), *(f for f in results["failures"] if CRASH in f)]
-    results["failures"] = [f for f in results["failures"] if CRASH not in f]
+    crashed = [f for f in results["failures"] if CRASH in f and f" {measure.OURS}:" not in f]
+    results["notes"] = [*results.get("notes", []), *crashed]
+    results["failures"] = [f for f in results["failures"] if f not in crashed]
     for row in report.tables(results) if results["rows"] else []:
         _say(row["title"])
         for e in row["entries"]:
@@ -310,13 +302,13 @@ def overhead(ops: list[str] = (), out: str = "", resume: bool = False) -> int:
     from benchmarks import overhead as costs
 
     path = Path(out) if out else costs.FOLDER / f"{environment.machine_slug()}.json"
-    if resume and _is_measured(path, {}, *environment.sources(), "benchmarks/overhead.py"):
+    ops = ops or [*testing.specs()]
+    if resume and environment.measured(path, {"ops": ops}, *environment.sources(), "benchmarks/overhead.py"):
         return 0
-
     if "MALLOC_TOP_PAD_" not in os.environ:
         command = [sys.executable, "-m", "benchmarks", "overhead", *ops, "--out", out]
         return subprocess.run(command, cwd=environment.ROOT, env=_fixed_environment()).returncode
-    for line in (costs.header(), *costs.cells(costs.run(tuple(ops) or tuple(testing.specs()), path))):
+    for line in (costs.header(), *costs.cells(costs.run(tuple(ops), path))):
         _say("  ".join(f"{cell:>24}" for cell in line))
     _say(f"microseconds a call -> {path}")
     return 0

@@ -69,7 +69,8 @@ def unchanged(commit: str, *paths: str) -> bool:
 
 
 def measured(path: Path, plan: dict[str, Any], *paths: str) -> bool:
-    """Whether a result file is of this plan and PyTorch, from a clean tree in which these have not changed since."""
+    """Whether a result file is of this plan and PyTorch, from a clean tree in which these have not changed since; says
+    so."""
     import torch
 
     if not path.exists():
@@ -77,7 +78,10 @@ def measured(path: Path, plan: dict[str, Any], *paths: str) -> bool:
     results = json.loads(path.read_text())
     env = results["environment"]
     same = results.get("plan", {}) == json.loads(json.dumps(plan)) and env["torch"] == torch.__version__
-    return same and env["clean"] and unchanged(env["commit"], *MEASURING, *paths)
+    found = same and env["clean"] and unchanged(env["commit"], *MEASURING, *paths)
+    if found:
+        print(f"{path.name}: measured already, from the same sources; delete it to measure again", flush=True)
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -404,7 +404,6 @@ def main(out: str = "", quick: bool = False, rounds: int | None = None, peak_of:
     file = Path(out) if out else environment.RESULTS / f"{environment.machine_slug()}-models.json"
     code = (*environment.sources(), "fss_models", "benchmarks/models.py")
     if resume and environment.measured(file, {**asdict(plan), "ops": OPS}, *code):
-        print(f"{file.name}: measured already, from the same sources; delete it to measure again")
         return 0
     if CHILD not in os.environ:
         own = {**environment.ALLOCATOR, "OMP_NUM_THREADS": str(environment.cores()), CHILD: "1"}

@@ -75,7 +75,7 @@ def run(ops: tuple[str, ...], path: Path, rounds: int = ROUNDS, count: int = CAL
                 if n:
                     samples[name].append((time.perf_counter() - start) / count * 1e6)
         rows.append({"op": op, "microseconds": {name: measure.quantiles(s) for name, s in samples.items()}})
-    results = {**environment.environment(), "rounds": rounds, "calls": count, "rows": rows}
+    results = {**environment.environment(), "plan": {"ops": list(ops)}, "rounds": rounds, "calls": count, "rows": rows}
     environment.write_json(path, results)
     return results
 
