@@ -14,6 +14,7 @@ import os
 import random
 import sys
 import tempfile
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.f
 SLOW_PEER, FIRST_ROUNDS = 2.0, 3
 # One this many times slower sits out after a single round.
 HOPELESS = 20.0
+# A call of more seconds is timed once a visit: it needs neither warming up nor repeats, and rounds differ by more.
+LONG = 0.3
 # Measurement noise: a ceiling and an op are timed milliseconds apart, not at once.
 ROOF_SLACK = 1.03
 
@@ -273,6 +276,7 @@ class Prepared:
         del results
         self.calls = {name: self._call(f) for name, f in functions.items() if not self.verdicts[name].message}
         self.extra = {} if self.refused else {name: extra_bytes(self._once(name)) for name in self.calls}
+        self.long = {name for name in self.extra if timeit.timeit(self._once(name), number=1) > LONG}
         self.buffers = [ceilings.buffer(self.cost.bytes) for _ in range(rotations(self.cost.bytes))]
 
     def _call(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -426,6 +430,11 @@ class Session:
         peers = {n: np.median([*v.values()]) for n, v in self.samples.items() if n != OURS and ":" not in n}
         limit = SLOW_PEER if visit.round >= FIRST_ROUNDS else HOPELESS
         return bool(visit.provider in peers and peers[visit.provider] > limit * min(peers.values()))
+
+    def times(self, provider: str) -> dict[str, int]:
+        """How often pytest-benchmark calls a provider in a visit, and before it looks at the clock."""
+        long = self.prepared is not None and provider in self.prepared.long
+        return {"iterations": 1, "rounds": 1 if long else self.plan.repeats, "warmup_rounds": 0 if long else 1}
 
     def record(self, visit: Visit, seconds: list[float]) -> None:
         """Adds the timed calls of one visit."""

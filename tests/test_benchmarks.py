@@ -395,6 +395,17 @@ def test_far_slower_peers_sit_out():
         assert {name for name in session.samples if session.sits_out(measure.Visit(ROWS[0], n, name))} == out
 
 
+@pytest.mark.parametrize("limit, often", [(0.0, (1, 0)), (60.0, (3, 1))])
+def test_a_long_call_is_timed_once_a_visit(monkeypatch, limit, often):
+    monkeypatch.setattr(measure, "LONG", limit)
+    session = measure.Session.__new__(measure.Session)
+    session.plan, session.prepared = PLAN, measure.Prepared(ROWS[0], eager_peers(ROWS[0])[:1])
+    for provider in session.prepared.calls:
+        times = session.times(provider)
+        assert (times["rounds"], times["warmup_rounds"]) == often and times["iterations"] == 1
+    assert session.times("ceiling:read")["rounds"] == PLAN.repeats == 3
+
+
 def test_extra_bytes_are_exact():
     x = torch.ones(1000)
 

@@ -14,7 +14,7 @@ def test_visit(visit, session, benchmark):
         pytest.skip("refused by the correctness gate")
     if session.sits_out(visit):
         pytest.skip("another peer is far faster")
-    times = {"rounds": session.plan.repeats, "iterations": 1, "warmup_rounds": 1}
+    times = session.times(visit.provider)
     if visit.provider.startswith("ceiling:"):
         # timed by its own threads from a common start: starting them is not part of moving memory
         timers, seconds = session.ceilings.timers(prepared.cost.flops), []
