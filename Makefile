@@ -50,7 +50,7 @@ test: .venv/installed
 # of calls that must leave nothing behind, the interpreter on larger samples and every layout.
 test-slow: .venv/installed
 	$(PYTEST) -m slow
-	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted tests/test_extremes.py
 
 # Random calls for half an hour, in rounds: each prints its seed, and what it tried of every op, at least 500.
 FUZZ_SECONDS ?= 1800

@@ -76,12 +76,20 @@ def faults(wheel: Path, sdist: Path, folder: Path) -> list[str]:
         if libraries != ["fss_kernels/_fss_cpu.so"]:
             found.append(f"{wheel.name}: libraries {libraries}, expected _fss_cpu.so alone")
         for name in libraries:
-            found += [f"{name} needs {symbol}" for symbol in foreign_symbols(Path(archive.extract(name, folder)))]
+            library = Path(archive.extract(name, folder))
+            found += [f"{name} needs {symbol}" for symbol in foreign_symbols(library)]
+            command = ["readelf", "-S", "-W", library]
+            sections = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found += [f"{name} carries debug information"] * (".debug_info" in sections)
     tracked = subprocess.run(["git", "ls-files", "csrc", "fss_kernels", "fss_models", "tests"], cwd=ROOT, check=True,
                              capture_output=True, text=True).stdout.split()  # fmt: skip
     with tarfile.open(sdist) as archive:
-        packed = {name.partition("/")[2] for name in archive.getnames()}
-    found += [f"{sdist.name} lacks {name}" for name in tracked if name not in packed]
+        packed = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+        for name in tracked:
+            if name not in packed:
+                found.append(f"{sdist.name} lacks {name}")
+            elif archive.extractfile(packed[name]).read() != (ROOT / name).read_bytes():
+                found.append(f"{sdist.name} is old: {name} has changed since; run `make dist`")
     found += [f"{sdist.name} contains {name}" for name in packed if name.endswith((".so", ".pyc"))]
     return found
 

@@ -7,8 +7,8 @@ from conftest import BACKENDS, SMALL, ids
 import fss_kernels
 from fss_kernels import testing
 
-COSINES = [p for p in BACKENDS if "cosine" in p[0].name or p[0].name == "hypercorrelation"]
-each_backend = pytest.mark.parametrize("spec, backend", BACKENDS, ids=ids)
+# Triton only in a process of the interpreter, which takes minutes
+EACH = [pytest.param(s, b, marks=pytest.mark.slow if b == "triton" else ()) for s, b in BACKENDS]
 LARGEST = 65504.0
 OVERFLOW = 65520.0  # rounds to infinity
 
@@ -23,7 +23,7 @@ def check_half(actual, want, plain32, direction, label):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@each_backend
+@pytest.mark.parametrize("spec, backend", EACH, ids=ids)
 def test_float16_at_65504(spec, backend, layout):
     """Features up to the largest number: sums and norms are those of float32, only the last rounding overflows."""
     overflows = 0
@@ -60,6 +60,13 @@ SHORT = [
     (torch.float16, -24, -24),  # subnormal entries
     (torch.float64, -530, -500),
 ]
+COSINES = [
+    pytest.param(*each.values, *short, marks=each.marks)
+    for each in EACH
+    for short in SHORT
+    if "cosine" in each.values[0].name or each.values[0].name == "hypercorrelation"
+    if each.values[0].op.why_not(each.values[1], "cpu", short[0]) is None
+]
 
 
 def integers(*shape, channels):
@@ -70,8 +77,7 @@ def integers(*shape, channels):
 
 
 @pytest.mark.parametrize("eps_mode", ["clamp", "add"])
-@pytest.mark.parametrize("dtype, of_values, of_gradients", SHORT, ids=ids)
-@pytest.mark.parametrize("spec, backend", COSINES, ids=ids)
+@pytest.mark.parametrize("spec, backend, dtype, of_values, of_gradients", COSINES, ids=ids)
 def test_short_vectors_without_eps(spec, backend, dtype, of_values, of_gradients, eps_mode):
     """A cosine does not change with the length of vectors and its gradient is divided by it: nothing is flushed."""
     pixels = integers(2, 19, 5, 6, channels=1)

@@ -102,11 +102,17 @@ def test_features_of_more_than_2_31_elements():
     assert not pooled[0, 0, :-3].any()
 
 
-def test_correlation_of_more_than_2_31_elements():
-    """The natural result of that size: the last query pixels with every support pixel."""
+@pytest.fixture
+def much_memory():
+    """For a result of 4 GB, twice: two tests may run at once."""
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     if int(memory["MemAvailable"].split()[0]) < 8 << 20:
         pytest.skip("no 8 GB of free memory")
+
+
+@pytest.mark.usefixtures("much_memory")
+def test_correlation_of_more_than_2_31_elements():
+    """The natural result of that size: the last query pixels with every support pixel."""
     side = 216
     assert side**4 > 2**31
     query, support = torch.randn(2, 1, 2, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -117,6 +123,7 @@ def test_correlation_of_more_than_2_31_elements():
         torch.testing.assert_close(out[pixel].double(), wanted, rtol=8e-3, atol=1e-6)
 
 
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradient_of_more_than_2_31_elements(channels_last):
     """The last plane of a 4 GB gradient holds the formula's value."""

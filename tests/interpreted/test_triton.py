@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import SPECS, ids, sample_of
+from test_offsets import FAR, far
 
 import fss_kernels
 from fss_kernels import _library, testing
@@ -121,23 +122,50 @@ def test_every_resize_and_its_transpose(resize, align_corners):
             torch.testing.assert_close(back[0, 0], matrix.T @ image[0, 0], msg=f"transposed {source} -> {target}")
 
 
-def test_strides_past_2_31():
-    large = 2**31 + 64
-    x = torch.empty(2 * large + 64, dtype=torch.float16).as_strided([1, 3, 4, 3], [1, large, 3, 1])
-    values = torch.randn(1, 3, 4, 3).half()
-    x.copy_(values)
-    mask, kernels = torch.rand(1, 1, 4, 3), [torch.randn(1, 3, *size).half() for size in ((5, 5), (1, 3))]
+COSINES = [s for s in TRITON if s.name in ("hypercorrelation", "prototype_cosine")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), None])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=ids)
+@pytest.mark.parametrize("spec", COSINES, ids=ids)
+def test_nan_marks_its_pairs(spec, dtype, layout, bad):
+    """A vector of either side whose norm is not finite: NaN where the reference has it, and every other score keeps its
+    bits. So has a float32 whose square overflows; float16's largest numbers are squared in float32."""
+    sample = sample_of(spec, "soft" if spec.name == "hypercorrelation" else "plain")
+    clean, finite = spec.cast(sample, dtype), bad is None and dtype == torch.float16
+    bad = (60000.0 if finite else 1e30) if bad is None else bad
+    for name in [*clean][:2]:
+        tensors = clean | {name: clean[name].clone()}
+        tensors[name][(1, 2, *(1 for _ in clean[name].shape[2:])) if clean[name].dim() == 4 else (1, 1, 2)] = bad
+        outputs = {}
+        for backend, given in (("triton", clean), ("triton", tensors), ("reference", tensors)):
+            held = {n: testing.LAYOUTS[layout](t) if n in spec.features else t for n, t in given.items()}
+            with fss_kernels.use_backend(backend):
+                outputs[backend, given is clean] = spec.function(*held.values(), **sample.options)
+        nan = outputs["reference", False].isnan()
+        assert nan.any() != finite and not nan.all()
+        assert torch.equal(outputs["triton", False].isnan(), nan)
+        if not finite:
+            assert torch.equal(outputs["triton", False][~nan], outputs["triton", True][~nan])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec, sample, tensor, dimension", [f for f in FAR if f[0] in TRITON], ids=ids)
+def test_strides_past_2_31(spec, sample, tensor, dimension):
+    """Outputs and gradients are those of the same values close together."""
+    near = spec.cast(sample, torch.float16)
+    names = testing.differentiable_names(spec, near)
     with fss_kernels.use_backend("triton"):
-        assert torch.equal(fss_kernels.masked_avg_pool(x, mask), fss_kernels.masked_avg_pool(values, mask))
-        assert torch.equal(fss_kernels.dynamic_conv2d(x, kernels), fss_kernels.dynamic_conv2d(values, kernels))
-        for tensor in (x, values):
-            tensor.requires_grad_()
         results = [
-            torch.autograd.grad(fss_kernels.dynamic_conv2d(t, [k.requires_grad_() for k in kernels]).sum(), kernels)
-            for t in (x, values)
+            testing.gradients(spec.function, tensors, sample.options, names)
+            for tensors in (near, {**near, tensor: far(near[tensor], dimension)})
         ]
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    assert all(r.any() for r in results[0][0] + results[0][1])
+    for here, there in zip(*results, strict=True):
+        for a, b in zip(here, there, strict=True):
+            assert torch.equal(a, b)
 
 
 def assert_empty(spec, sample, cut):
