@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def _fuzz(content: dict[str, Any]) -> tuple[str, str]:
     totals: Counter[str] = Counter()
     for r in rounds:
         totals.update(r["examples"])
-    tried = f"{len(rounds)} rounds, {totals.total():,} random calls: "
+    minutes = (datetime.fromisoformat(content["environment"]["date"]).timestamp() - int(content["run"])) / 60
+    tried = f"{len(rounds)} rounds in {minutes:.0f} minutes, {totals.total():,} random calls: "
     tried += ", ".join(f"{op} {count:,}" for op, count in sorted(totals.items()))
     return tried, f"{sum(r['failed'] for r in rounds)} tests failed"
 

@@ -100,11 +100,12 @@ def pytest_sessionfinish(session, exitstatus) -> None:  # type: ignore[no-untype
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if reporter and "FUZZ_EXAMPLES" in os.environ:
         total = fuzzed(reporter)
-        if few := [spec.name for spec in SPECS if total[spec.name] < FUZZ_MINIMUM]:
+        few = [spec.name for spec in SPECS if total[spec.name] < FUZZ_MINIMUM]
+        if few:
             reporter.write_line(f"fewer than {FUZZ_MINIMUM} examples: {', '.join(few)}", red=True)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if "FUZZ_RUN" in os.environ:
             from benchmarks import reliability
 
-            seed, failed = session.config.getoption("--hypothesis-seed"), len(reporter.stats.get("failed", []))
+            seed, failed = session.config.getoption("--hypothesis-seed"), len([*reporter.stats.get("failed", []), *few])
             reliability.add_round(os.environ["FUZZ_RUN"], seed, dict(sorted(total.items())), failed)

@@ -770,8 +770,9 @@ def test_long_runs_are_counted(tmp_path):
     folder, wheels = tmp_path / "reliability", tmp_path / "wheel"
     assert reliability.markdown(folder, wheels).count("no whole run is recorded yet") == 3
     reliability.add_round("1", "7", {"masked_avg_pool": 9000}, 1, folder)
+    started = str(int(time.time()) - 1800)
     for seed, count in ((8, 500), (9, 700)):
-        reliability.add_round("2", str(seed), {"masked_avg_pool": count, "dense_cosine_max": 1}, 0, folder)
+        reliability.add_round(started, str(seed), {"masked_avg_pool": count, "dense_cosine_max": 1}, 0, folder)
     assert [r["seed"] for r in reliability.read("fuzz", folder)["rounds"]] == ["8", "9"]
     cases = [{"op": op, "isa": "avx2", "sanitizer": s, "count": 30} for op in ("a", "b") for s in ("thread", "address")]
     reliability.record("sanitize", {"seed": 1, "cases": cases, "failures": ["x"]}, folder)
@@ -782,7 +783,7 @@ def test_long_runs_are_counted(tmp_path):
     log = {**environment.environment(), "wheel": {"file": "w.whl"}, "runs": [{"torch": "2.15.0"}, {"torch": "2.10.0"}]}
     environment.write_json(wheels / "linux.json", log)
     fuzzed, sanitized, mutants, wheel = reliability.markdown(folder, wheels).splitlines()[2:]
-    assert "2 rounds, 1,202 random calls: dense_cosine_max 2, masked_avg_pool 1,200 | 0 tests failed" in fuzzed
+    assert "2 rounds in 30 minutes, 1,202 random calls: dense_cosine_max 2, masked_avg_pool 1,200 | 0 tests failed" in fuzzed
     assert "60 calls under thread, 60 calls under address: a, b | 1 failed" in sanitized
     assert "3 planted faults: a 2, b 1; 1 more, of" in mutants and "| 2 caught" in mutants and "2.10.0, 2.15.0" in wheel
 

@@ -84,6 +84,7 @@ def test_large_and_small_gradients_agree(spec, backend):
     assert torch.equal(grads[0][:1], grads[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
 def test_nothing_reads_what_was_not_written(spec):
     """glibc fills whatever is allocated, the kernels' own scratch too, with huge numbers; elsewhere it tests less."""

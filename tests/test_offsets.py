@@ -110,6 +110,7 @@ def much_memory():
         pytest.skip("no 8 GB of free memory")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("much_memory")
 def test_correlation_of_more_than_2_31_elements():
     """The natural result of that size: the last query pixels with every support pixel."""
@@ -123,6 +124,7 @@ def test_correlation_of_more_than_2_31_elements():
         torch.testing.assert_close(out[pixel].double(), wanted, rtol=8e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gradient_of_more_than_2_31_elements(channels_last):
