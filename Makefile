@@ -46,8 +46,8 @@ test: .venv/installed
 	  FSS_KERNELS_CPU_ISA=$$isa $(PYTEST) tests/test_numerics.py tests/ops -k "$$chosen"; \
 	done
 
-# The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, thousands
-# of calls that must leave nothing behind, the interpreter on larger samples and every layout.
+# The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, CUDA kernels
+# on a CPU, thousands of calls that must leave nothing behind, the interpreter on larger samples and every layout.
 test-slow: .venv/installed
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted tests/test_extremes.py

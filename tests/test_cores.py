@@ -1,15 +1,18 @@
-"""The torch-free cores fuzzed under sanitizers: a few cases of each op; `make sanitize` runs them at full length."""
+"""The torch-free cores fuzzed under sanitizers, the CUDA kernels on a CPU: a few cases of each op; `make sanitize` and
+`make emulate-cuda` run them at full length."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fss_kernels import _library
+from fss_kernels import _library, testing
 
 sys.path.insert(0, str(Path(__file__).parent / "cpp"))
+import emulate_cuda
 import sanitize_cores
 
 pytestmark = pytest.mark.slow
@@ -27,3 +30,15 @@ def test_core_under_sanitizers(op, tmp_path):
 def test_every_core_is_fuzzed():
     cores = sanitize_cores.ROOT.glob("csrc/*/*.h")
     assert sanitize_cores.OPS == sorted(path.stem for path in cores if path.stem == path.parent.name)
+
+
+@pytest.mark.parametrize("op", emulate_cuda.OPS)
+def test_cuda_kernels_on_a_cpu(op):
+    """Values, unwritten results, races; a barrier that threads have left or a misaligned access ends the process."""
+    command = [sys.executable, emulate_cuda.__file__, "--few", op]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_every_cuda_kernel_is_emulated():
+    assert emulate_cuda.OPS == sorted(op for op, spec in testing.specs().items() if "cuda" in spec.op.backends)
