@@ -39,6 +39,9 @@ TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "te
 LATER = ("tests/test_offsets.py", "tests/test_transforms.py")
 LIKELY = 12  # tests that caught other faults of an op, to try before all of them
 NETWORKS = "models"  # faults of fss_models: Python only, with tests of their own
+# Where there is no GPU these alone run the kernels of Triton (in its interpreter) and of CUDA (on a CPU).
+INTERPRETED, EMULATED = "tests/interpreted", "tests/test_cores.py::test_cuda_kernels_on_a_cpu"
+SECONDS = 3600  # of the tests of one fault, or it loops forever
 
 
 def prepare(directory: str, compiled: bool) -> Path:
@@ -73,16 +76,15 @@ def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
     """The id of the first test that fails on the mutant, or None; tests that are ``likely`` to catch it go first."""
     subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
     try:
-        if "csrc/" in first_line(patch):
+        op, only = patch.parent.name, only_tests(patch)
+        if "csrc/" in first_line(patch) and only != EMULATED:
             build(copy)
-        triton = of_triton(patch)
-        op = patch.parent.name
         others = {p.parent.name for p in ROOT.glob("tests/mutants/*/*.patch")} - {op}
-        interpreted = ["tests/interpreted", "-k", f"not ({' or '.join(sorted(others))})"]
-        calls = [interpreted if triton else suites({op})[0]]
+        interpreted = [INTERPRETED, "-k", f"not ({' or '.join(sorted(others))})"]
+        calls = [{INTERPRETED: interpreted, EMULATED: [f"{EMULATED}[{op}]"], "": suites({op})[0]}[only]]
         if likely:
             calls.insert(0, [*likely])
-        return next((found for call in calls if (found := failure(copy, call, triton))), None)
+        return next((found for call in calls if (found := failure(copy, call))), None)
     finally:
         subprocess.run(["patch", "-p1", "-s", "-R", "-i", patch], cwd=copy, check=True)
 
@@ -92,9 +94,10 @@ def first_line(patch: Path) -> str:
     return patch.read_text().partition("\n")[0]
 
 
-def of_triton(patch: Path) -> bool:
-    """Whether the fault is in a Triton kernel: the interpreter's tests are to catch it."""
-    return "triton_kernels" in first_line(patch)
+def only_tests(patch: Path) -> str:
+    """The tests that alone run the faulty code, "" for faults in what the others run."""
+    line = first_line(patch)
+    return INTERPRETED if "triton_kernels" in line else EMULATED if "_cuda.cu" in line else ""
 
 
 def suites(ops: set[str]) -> list[list[str]]:
@@ -108,12 +111,16 @@ def selection(ops: set[str]) -> str:
     return " or ".join([*sorted(ops), "test_gradients", "test_offsets"])
 
 
-def failure(copy: Path, tests: list[str], interpreted: bool = False, processes: int = 0) -> str | None:
-    """The first test that fails in the copy, or None."""
-    own = variables(copy) | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+def failure(copy: Path, tests: list[str], processes: int = 0) -> str | None:
+    """The first test that fails in the copy, "timeout" where one process takes too long, or None."""
+    own = variables(copy) | ({"TRITON_INTERPRET": "1"} if tests[0].startswith(INTERPRETED) else {})
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     pytest += ["-n", str(processes), "--dist", "worksteal"] * bool(processes)
-    result = subprocess.run(pytest, cwd=copy, env=own, capture_output=True, text=True)
+    try:
+        limit = None if processes else SECONDS
+        result = subprocess.run(pytest, cwd=copy, env=own, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return "timeout"
     failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     if result.returncode not in (0, 1) or (result.returncode == 1 and not failed):
         crashed = -result.returncode in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
@@ -162,8 +169,9 @@ class Score:
         own = known.get(name(patch))
         found = Counter(t for k, t in known.items() if t and k.startswith(f"{patch.parent.name}/"))
         tests = [own] * bool(own) + [test for test, _ in found.most_common(LIKELY) if test != own]
-        there = (t for t in tests if Path(ROOT, t.partition("::")[0]).is_file())  # a crash has no test
-        return [t for t in there if ("interpreted" in t) == of_triton(patch)]
+        there = (t for t in tests if Path(ROOT, t.partition("::")[0]).is_file())  # a crash or timeout has no test
+        only = only_tests(patch)
+        return [t for t in there if t.startswith(only or TESTS + LATER + (f"tests/{NETWORKS}",))]
 
     def record(self, patch: Path, caught: str | None) -> None:
         """Adds an outcome."""
@@ -191,8 +199,9 @@ def main(names: list[str]) -> int:
         copy, failed = copies.get(), None
         if not score.tests_pass:
             failed = next((f for suite in suites(ops) if (f := failure(copy, suite, processes=workers))), None)
-        if not score.tests_pass and failed is None and any(of_triton(p) for p in left):
-            failed = failure(copy, ["tests/interpreted"], interpreted=True, processes=workers)
+        for only in sorted({only_tests(p) for p in left} - {""}):
+            if not score.tests_pass and failed is None:
+                failed = failure(copy, [only], processes=workers)
         if failed is not None:
             print(f"mutants: the tests fail without any fault: {failed}")
             return 1
