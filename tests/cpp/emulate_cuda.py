@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import re
 import subprocess
 import sys
@@ -72,9 +73,8 @@ def emulate(spec: testing.Spec, library: Path, few: bool = False) -> list[str]:
         return [*outputs, *grads]
 
     samples = [s for s in spec.samples() if sum(t.numel() for t in s.tensors.values()) <= 40_000]
-    cases = [(s, d, layout) for s in samples for d in DTYPES for layout in LAYOUTS]
-    if few:
-        cases = cases[:: len(DTYPES) * len(LAYOUTS) + 1]  # each sample once, in the next dtype and layout
+    ways = [*itertools.product(DTYPES, LAYOUTS)]
+    cases = [(s, *way) for s, way in (zip(samples, itertools.cycle(ways)) if few else itertools.product(samples, ways))]
     failures = []
     for sample, dtype, layout in tqdm(cases, desc=spec.name):
         if few and failures:
