@@ -19,13 +19,30 @@ from fss_models.errors import DataError
 _LARGEST = 1e5  # pixels: pycocotools allocates by coordinates, and crashes on those that are not finite
 
 
+def _runs(text: str) -> list[int] | None:
+    """The runs of a compressed region, five bits a character, from the third on minus the last but one; None if it
+    ends within a number, or has one of more than 30 bits: pycocotools reads on behind either."""
+    runs: list[int] = []
+    value = bits = 0
+    for c in text:
+        digit = ord(c) - ord("0")
+        if not 0 <= digit < 64 or bits == 30:
+            return None
+        value, bits = value | (digit & 31) << bits, bits + 5
+        if digit < 32:
+            value -= (digit >> 4) << bits
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = bits = 0
+    return None if bits else runs
+
+
 def _is_drawable(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
     """Whether pycocotools can draw an annotation without reading or writing outside of its memory."""
     size, drawn = [image["height"], image["width"]], annotation["segmentation"]
     if isinstance(drawn, dict):
-        counts = drawn["counts"]
+        counts = _runs(drawn["counts"]) if isinstance(drawn["counts"], str) else drawn["counts"]
         known = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
-        return drawn["size"] == size and (isinstance(counts, str) or (known and sum(counts) == size[0] * size[1]))
+        return drawn["size"] == size and known and sum(counts) == size[0] * size[1]
     polygons = [p for p in drawn if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
     numbers = [v for p in polygons for v in p]
     return 0 < len(polygons) == len(drawn) and all(type(v) in (int, float) and abs(v) <= _LARGEST for v in numbers)

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -153,6 +154,15 @@ def read_list(
     return entries
 
 
+def _checked(known: Any, count: int) -> dict[str, dict[str, int]]:
+    """Label maps to classes 1 ... count to pixels; ValueError for anything else."""
+    ids = {str(c) for c in range(1, count + 1)}
+    maps = known.values() if isinstance(known, dict) else [None]
+    if not all(isinstance(m, dict) and m.keys() <= ids and all(type(n) is int for n in m.values()) for m in maps):
+        raise ValueError
+    return known  # type: ignore[no-any-return]
+
+
 def _areas(
     items: Iterable[Item], root: Path, count: int, list_file: Path, cache: Path | None
 ) -> tuple[dict[Item, dict[int, int]], list[str]]:
@@ -163,9 +173,9 @@ def _areas(
     known: dict[str, dict[str, int]] = {}
     if file and file.exists():
         try:
-            known = json.loads(file.read_text())
-        except ValueError:
-            _log.warning("%s: not JSON, made anew", file)
+            known = _checked(json.loads(file.read_text()), count)
+        except (ValueError, RecursionError):
+            _log.warning("%s: not the areas of classes, made anew", file)
     areas: dict[Item, dict[int, int]] = {}
     bad: list[str] = []
     missing = [item for item in unique if item.label not in known]

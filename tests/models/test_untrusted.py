@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import builders
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -303,6 +307,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("roots")
     builders.voc(root / "voc")
     builders.fss(root / "fss")
+    prepare_coco(builders.coco_json(root / "coco", "val2014", per_class=1), root / "coco")
     return root
 
 
@@ -321,14 +326,114 @@ def test_any_bytes_as_a_list(roots: Path, tmp_path: Path, lines: list[bytes]) ->
                 refuses(lambda item=item: found.read(item, 1), str(found.root), required=False)
 
     refuses(lambda: read(lambda: labelled_source("pascal", roots / "voc", path, range(1, 21))), "", required=False)
+    refuses(lambda: read(lambda: labelled_source("coco", roots / "coco", path, range(1, 81))), "", required=False)
     refuses(lambda: read(lambda: fss_source(roots / "fss", path)), "", required=False)
+
+
+@pytest.fixture(scope="module")
+def cached(roots: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[], dict], dict]:
+    """A cache of areas, what reads it, and what that has to give."""
+    folder, lists = tmp_path_factory.mktemp("cache"), roots / "list.txt"
+    lists.write_text("".join(f"2007_00{c}{k:03d}__0{c}\n" for c in (1, 2) for k in range(3)))
+
+    def read() -> dict:
+        return labelled_source("pascal", roots / "voc", lists, range(1, 6), min_area=100, cache=folder).classes
+
+    wanted = read()
+    assert 0 < len(wanted[1] + wanted[2]) <= 6
+    return next(folder.glob("areas-*.json")), read, wanted
+
+
+AREAS = st.one_of(
+    JSON.filter(lambda v: not isinstance(v, dict)),
+    st.dictionaries(st.sampled_from(["0", "01", "21", "-1", "x", "9" * 5000]), st.integers(0, 9), min_size=1),
+    st.dictionaries(st.sampled_from(["1", "2"]), JSON.filter(lambda n: type(n) is not int), min_size=1),
+)
+
+
+@given(content=st.one_of(
+    JSON.map(json.dumps), st.text(st.characters(codec="utf-8"), max_size=9), st.just("[" * 100_000),
+    AREAS.map(lambda areas: json.dumps({"SegmentationClassAug/2007_001000.png": areas})),
+))  # fmt: skip
+@settings(fuzzed, max_examples=50)
+def test_any_text_as_a_cache(cached: tuple[Path, Callable[[], dict], dict], content: str) -> None:
+    file, read, wanted = cached
+    file.write_text(content)
+    assert read() == wanted
+
+
+def literal_runs(text: str) -> list[int]:
+    """The runs of COCO's compressed regions, by their bits as text; nothing for what is no such region."""
+    if not re.fullmatch("([P-o]{0,5}[0-O])*", text):
+        return []
+    words = ["".join(f"{(ord(c) - 48) % 32:05b}" for c in w[::-1]) for w in re.findall("[P-o]*[0-O]", text)]
+    runs = [int(w, 2) - 2 ** len(w) * int(w[0]) for w in words]
+    for m in range(3, len(runs)):
+        runs[m] += runs[m - 2]
+    return runs
+
+
+@st.composite
+def regions(draw: st.DrawFn) -> tuple[tuple[int, int], object]:
+    """(size, region): compressed ones, whole and damaged, any text, runs, polygons."""
+    h, w = size = draw(st.sampled_from([(4, 3), (1, 7), (40, 48)]))
+    numbers = st.integers(-9, 99) | st.floats() | st.floats(-9, 99) | st.sampled_from([1e5, 1 << 40, None, "1", []])
+    kind = draw(st.sampled_from(["whole", "damaged", "text", "runs", "polygons"]))
+    if kind == "polygons":
+        return size, draw(st.lists(st.lists(numbers, min_size=5, max_size=9), max_size=3))
+    if kind in ("text", "runs"):
+        return size, {"size": [h, w], "counts": draw(st.text(max_size=9) if kind == "text" else st.lists(numbers))}
+    pixels = np.random.default_rng(draw(st.integers(0, 99))).random((h, w)) < 0.3
+    text = pycocotools.mask.encode(np.asfortranarray(pixels, np.uint8))["counts"].decode()
+    if kind == "damaged":
+        more = draw(st.text(st.characters(min_codepoint=47, max_codepoint=112)))
+        at = draw(st.integers(0, len(text) - 1))
+        text = text[:at] + more + text[at + draw(st.sampled_from([0, len(more), len(text)])) :]
+    return size, {"size": [h, w], "counts": text}
+
+
+def test_any_region(roots: Path, tmp_path: Path) -> None:
+    """A label map, of the very region where that is compressed, or the file's name; in a process that may crash."""
+    given_file, path, drawn = roots / "coco" / "instances_val2014.json", tmp_path / "instances_val2014.json", 0
+
+    @given(regions())
+    @fuzzed
+    def prepare(case: tuple[tuple[int, int], Any]) -> None:
+        nonlocal drawn
+        (h, w), region = case
+        content = json.loads(given_file.read_text())
+        for key in ("images", "annotations"):
+            content[key] = content[key][:1]
+        content["images"][0] |= {"height": h, "width": w}
+        content["annotations"][0]["segmentation"] = region
+        path.write_text(json.dumps(content))
+        compressed = isinstance(region, dict) and isinstance(region["counts"], str)
+        runs = literal_runs(region["counts"]) if compressed else []
+        whole = sum(runs) == h * w and min(runs) >= 0
+        refuses(lambda: prepare_coco(path, tmp_path), str(path), required=compressed and not whole)
+        labels = tmp_path / "annotations" / "val2014" / Path(content["images"][0]["file_name"]).with_suffix(".png")
+        if whole:
+            wanted = np.repeat(np.arange(len(runs)) % 2, runs).reshape(w, h).T
+            np.testing.assert_array_equal(read_labels(labels), wanted)
+            drawn += 1
+
+    def run() -> None:
+        prepare()
+        assert drawn > 10
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("change", [
     {"segmentation": [[0, 0, 1e300, 0, 1e12, 1e12]]}, {"segmentation": [[0, 0, float("nan"), 0, 5, float("inf")]]},
     {"segmentation": {"size": [1 << 20, 1 << 20], "counts": [3]}}, {"segmentation": {"size": [40, 48]}},
     {"segmentation": {"size": [40, 48], "counts": [3, 1 << 30]}},
-    {"segmentation": {"size": [40, 48], "counts": "\xff" * 90}},
+    {"segmentation": {"size": [40, 48], "counts": "\xff" * 90}}, {"segmentation": {"size": [40, 48], "counts": ""}},
+    {"segmentation": {"size": [40, 48], "counts": "Pl1o"}},  # 1920 pixels, then half a number
+    {"segmentation": {"size": [40, 48], "counts": "PlQPPPP0"}},  # 1920 in 40 bits
     {"segmentation": [[1, 2]]}, {"segmentation": []}, {"segmentation": None}, {"segmentation": [["a"] * 6]},
     {"segmentation": {"size": [40, 48], "counts": [-5, 2**63]}}, {"segmentation": {"size": [40, 48], "counts": 7}},
     {"category_id": 1000}, {"image_id": 77}, {"area": "big"}, {"category_id": []},
