@@ -242,6 +242,12 @@ class LoadReport:
         return "; ".join(lines)
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether a parameter can be copied from it."""
+    special = x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_complex()
+    return not special and x.device.type == "cpu"
+
+
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, by name: ``.safetensors``, anything else by ``torch.load(weights_only=True)``.
 
@@ -250,7 +256,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: no such file.
         ModuleNotFoundError: a ``.safetensors`` file without the package safetensors.
-        ValueError: the file holds no dictionary of tensors.
+        ValueError: the file holds no dictionary of tensors, or one of tensors that are no parameters.
     """
     path = Path(path)
     if not path.is_file():
@@ -267,13 +273,16 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # what a broken file raises depends on where it is broken
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"weights: {path} cannot be read: {reason}") from None
-    while isinstance(content, Mapping) and (inner := next((content[w] for w in _WRAPPERS if w in content), None)):
-        content = inner
+    for _ in _WRAPPERS:  # a file may hold a dictionary that is in itself
+        inner = next((content[w] for w in _WRAPPERS if w in content), None) if isinstance(content, Mapping) else None
+        content = inner if isinstance(inner, Mapping) else content
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"weights: {path.name} holds no dictionary of tensors")
     state = {}
     for key, value in content.items():
-        if isinstance(value, Tensor):
+        if isinstance(key, str) and isinstance(value, Tensor):
+            if not _is_plain(value):
+                raise ValueError(f"weights: {path.name}: {key} is sparse, quantised, nested, complex or has no values")
             while prefix := next((p for p in _PREFIXES if key.startswith(p)), None):
                 key = key.removeprefix(prefix)
             state[key] = value

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from fss_models import checkpoints
 from fss_models.__main__ import main
-from fss_models.backbones import read_state
+from fss_models.backbones import create, read_state
 from fss_models.config import Config, DataConfig, ModelConfig, OptimConfig, from_dict, to_dict
 from fss_models.data.coco import prepare_coco
 from fss_models.data.files import read_binary, read_image, read_labels, read_white
@@ -84,6 +84,16 @@ def refuses(call: Callable[[], object], name: str, required: bool = True) -> Non
         assert isinstance(error, UserError) or "weights: " in str(error), error
     else:
         assert not required, f"{name} was accepted"
+
+
+def in_a_process(call: Callable[[], object]) -> None:
+    """The call in a process of its own, which may crash or hang."""
+    process = multiprocessing.get_context("fork").Process(target=call)
+    process.start()
+    process.join(240)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 # ---- checkpoints and weights
@@ -162,6 +172,65 @@ def test_states_with_junk_in_them(trained: Config, tmp_path: Path, key: str, jun
     path = checkpoints.resolve(run.out).with_name(checkpoints.STATE)
     torch.save({**checkpoints.read_state(path), key: junk}, path)
     refuses(lambda: train(run), str(path.parent), required=False)
+
+
+def weights_of_backbone(path: Path) -> object:
+    return checkpoints.build_model(ModelConfig("panet", "tiny", str(path)))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("kind", ["state", "weights", "code"])
+def test_damaged_pickles(trained: Config, tmp_path: Path, sentinel: Path, kind: str, zipped: bool) -> None:
+    """Bits flipped and ends cut of a state, of weights, and of a file that would run code if it could."""
+    if kind == "state":
+        content = checkpoints.read_state(checkpoints.resolve(trained.out).with_name(checkpoints.STATE))
+    else:
+        content = create("tiny").state_dict() | ({"evil": evil(sentinel)} if kind == "code" else {})
+    path = tmp_path / "damaged.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    read = checkpoints.read_state if kind == "state" else weights_of_backbone
+
+    @given(data=st.data())
+    @settings(fuzzed, max_examples=50)
+    def load(data: st.DataObject) -> None:
+        damaged = bytearray(whole)
+        reach = data.draw(st.sampled_from([300, 2000, len(whole)]))
+        for at in data.draw(st.lists(st.integers(0, min(reach, len(whole)) - 1), max_size=6)):
+            damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+        del damaged[data.draw(st.integers(0, len(whole)) | st.just(len(whole))) :]
+        path.write_bytes(damaged)
+        refuses(lambda: read(path), path.name, required=False)
+
+    in_a_process(load)
+
+
+def itself(key: str) -> dict[str, object]:
+    """A dictionary that holds itself."""
+    made: dict[str, object] = {}
+    made[key] = made
+    return made
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: w.to_sparse(), lambda w: w.to("meta"), lambda w: w.to(torch.complex64),
+    lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), lambda w: torch.nested.nested_tensor([w[0], w[1, 1:]]),
+], ids=["sparse", "meta", "complex", "quantised", "nested"])  # fmt: skip
+def test_tensors_that_are_no_weights(tmp_path: Path, change: Callable) -> None:
+    path, state = tmp_path / "weights.pth", create("tiny").state_dict()
+    name = next(iter(state))
+    torch.save({**state, name: change(state[name])}, path)
+    refuses(lambda: weights_of_backbone(path), f"{path.name}: {name}")
+
+
+@pytest.mark.parametrize("wrapped", [
+    itself("model"), itself("state_dict"), {"model": torch.zeros(2)}, {"model": {"state_dict": [1]}},
+    {5: torch.zeros(2)},
+], ids=repr)  # fmt: skip
+def test_dictionaries_that_hold_no_weights(tmp_path: Path, wrapped: dict) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(wrapped, path)
+    in_a_process(lambda: refuses(lambda: weights_of_backbone(path), path.name))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"model": ' * 5000, "9" * 5000, "null", '{"seed": 1e999}', "\0"])
@@ -421,10 +490,7 @@ def test_any_region(roots: Path, tmp_path: Path) -> None:
         prepare()
         assert drawn > 10
 
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    in_a_process(run)
 
 
 @pytest.mark.parametrize("change", [
