@@ -40,7 +40,7 @@ def _is_drawable(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
     """Whether pycocotools can draw an annotation without reading or writing outside of its memory."""
     size, drawn = [image["height"], image["width"]], annotation["segmentation"]
     if isinstance(drawn, dict):
-        counts = _runs(drawn["counts"]) if isinstance(drawn["counts"], str) else drawn["counts"]
+        counts: Any = _runs(drawn["counts"]) if isinstance(drawn["counts"], str) else drawn["counts"]
         known = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
         return drawn["size"] == size and known and sum(counts) == size[0] * size[1]
     polygons = [p for p in drawn if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]

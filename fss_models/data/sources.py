@@ -160,7 +160,7 @@ def _checked(known: Any, count: int) -> dict[str, dict[str, int]]:
     maps = known.values() if isinstance(known, dict) else [None]
     if not all(isinstance(m, dict) and m.keys() <= ids and all(type(n) is int for n in m.values()) for m in maps):
         raise ValueError
-    return known  # type: ignore[no-any-return]
+    return known
 
 
 def _areas(
