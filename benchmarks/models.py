@@ -344,7 +344,7 @@ def rows(task: Task, plan: Plan, wrong: Mapping[str, str]) -> list[dict[str, Any
                 "throughput": task.batch / medians[name],  # episodes a second
                 "share_in_ops": sum(inside.values()) / sum(seconds),
                 "shares": {op: spent / sum(seconds) for op, spent in inside.items() if spent},
-                "extra_bytes": extra_bytes(task.calls[name]),
+                "extra_bytes": extra_bytes(task.calls[name], warm=True),  # its rounds came before
                 "peak_resident_bytes": peak_of_a_process(plan, task, name),
             }
         entries.append(entry)

@@ -417,7 +417,30 @@ def test_extra_bytes_are_exact():
         del w
         return z  # 4, not counted
 
-    assert measure.extra_bytes(call) == 20000
+    assert measure.extra_bytes(call) == measure.extra_bytes(call, warm=True) == 20000
+
+
+def test_three_calls_come_before_the_first_round():
+    """Of the gate, of the clock and of the memory; the first one compiles, and no later one again."""
+    row = next(r for r in ROWS if r.mode == "forward+backward")
+    good, count = eager_peers(row)[0], [0]
+
+    def build(tensors, options):
+        function = good.build(tensors, options)
+
+        def call(*args, **kwargs):
+            count[0] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    assert measure.Prepared(row, [dataclasses.replace(good, build=build)]).extra[good.name] > 0 and count == [3]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = dataclasses.replace(good, build=lambda t, o: torch.compile(good.build(t, o), backend="aot_eager"))
+    prepared = measure.Prepared(row, [compiled])
+    assert good.name in prepared.calls
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_our_extra_memory_is_the_stated_scratch_memory():
