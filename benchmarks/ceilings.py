@@ -14,6 +14,7 @@ import torch
 MEMORY = ("read", "copy", "write")
 COMPUTE = ("fma", "screen")  # float32 products; bfloat16 products where kernels screen with them
 KINDS = MEMORY + COMPUTE
+MOVED = 1.15  # a ceiling that differs by more before and after a run is named in its result
 
 
 def native() -> ModuleType:
@@ -68,6 +69,14 @@ class Ceilings:
             **{f"{k}_gbps": gigabytes / statistics.median(timers[k](data) for _ in range(7)) for k in MEMORY},
             **{f"{k}_gflops": 1 / statistics.median(timers[k](data) for _ in range(3)) for k in COMPUTE},
         }
+
+
+def moved(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """One line that names the ceilings which differ before and after a run; none when all are as they were."""
+    names = [k for k in before if max(before[k], after[k]) > MOVED * min(before[k], after[k])]
+    changes = ", ".join(f"{k} {before[k]:.1f} before and {after[k]:.1f} after" for k in names)
+    says = "milliseconds depend on when they were taken; ratios and shares of the roof are paired by round and stand"
+    return [f"the machine's speed changed during the run, {changes}: {says}"] if names else []
 
 
 def settle() -> None:

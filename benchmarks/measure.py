@@ -16,7 +16,7 @@ import sys
 import tempfile
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ MODES = ("forward", "forward+backward")
 CLASSES = {"S": (64 << 20, 4e9), "M": (256 << 20, 40e9), "L": (math.inf, math.inf)}
 # A peer further from float64 than this, relative to the largest element, does not compute the same thing.
 SANITY = {torch.float32: 1e-3, torch.float64: 1e-8, torch.bfloat16: 0.1, torch.float16: 0.02}
-# A peer this many times slower than the fastest one sits out after the first rounds: it decides nothing.
+# A peer this many times slower than the fastest one sits out after the first rounds: it decides nothing. Where a bound
+# names it, the median of those rounds is what the bound is compared with.
 SLOW_PEER, FIRST_ROUNDS = 2.0, 3
-# One this many times slower sits out after a single round.
+# One this many times slower sits out after a single round, unless a bound names it.
 HOPELESS = 20.0
 # A call of more seconds is timed once a visit: it needs neither warming up nor repeats, and rounds differ by more.
 LONG = 0.3
@@ -55,7 +56,7 @@ class Plan:
     quick: bool = False
     sweep: bool = False  # the sizes of `sweeps`, and its peers
     tiny: bool = False  # every number of a size becomes its square root
-    named: tuple[str, ...] = ()  # peers that a bound names: they never sit out
+    named: tuple[str, ...] = ()  # peers that a bound names: they have the first rounds, however slow
     rounds: int = 10  # interleaved visits of every provider
     repeats: int = 3  # timed calls a visit
     seed: int = 0
@@ -71,13 +72,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One point of the table: op, size, dtype and mode. ``arguments`` make the sample."""
+    """One point of the table: op, size, dtype and mode. ``arguments`` make the sample.
+
+    ``same_as``: an earlier size with the same arguments, whose measurement is this row's too: every axis of a sweep
+    contains the base.
+    """
 
     op: str
     size: str
     dtype: str
     mode: str
     arguments: Mapping[str, Any] = field(hash=False, compare=False)
+    same_as: str = field(default="", hash=False, compare=False)
 
     @property
     def id(self) -> str:
@@ -116,7 +122,9 @@ def rows(plan: Plan) -> list[Row]:
         spec = testing.specs()[op]
         sizes = sweeps.sizes(spec) if plan.sweep else spec.sizes
         own: list[Row] = []
-        for size in selected(sizes, patterns or ("*",)):
+        chosen = selected(sizes, patterns or ("*",))
+        for size in chosen:
+            first = next(label for label in chosen if sizes[label] == sizes[size])
             arguments = dict(sizes[size])
             modes = arguments.pop("modes", MODES)
             if plan.tiny:
@@ -126,7 +134,7 @@ def rows(plan: Plan) -> list[Row]:
                     cost = spec.cost(spec.benchmark_sample(**arguments), getattr(torch, dtype), "forward")
                     if size_class(cost) not in classes:
                         continue
-                own += [Row(op, size, dtype, mode, arguments) for mode in modes]
+                own += [Row(op, size, dtype, mode, arguments, "" if first == size else first) for mode in modes]
         result += [row for row in own if not plan.quick or row.size == own[0].size]
     return result
 
@@ -135,7 +143,7 @@ def schedule(plan: Plan, usable: Mapping[str, list[peers.Peer]]) -> list[Visit]:
     """Row after row; within a row A B C ... A B C ..., the order of the providers drawn anew each round."""
     order = random.Random(plan.seed)
     visits = []
-    for row in rows(plan):
+    for row in (r for r in rows(plan) if not r.same_as):
         providers = [OURS, *(f"ceiling:{kind}" for kind in ceilings.KINDS)]
         providers += [p.name for p in usable[row.op] if p.takes(row.arguments, row.mode)]
         for n in range(plan.rounds):
@@ -279,8 +287,8 @@ class Prepared:
         self.seeds = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results if r.is_floating_point()]
         del results
         self.calls = {name: self._call(f) for name, f in functions.items() if not self.verdicts[name].message}
-        # Three calls a provider before the first round: the gate's compiles and warms up, of the second the time counts,
-        # of the third the memory.
+        # Three calls a provider before the first round: that of the gate compiles and warms up, of the second the time
+        # counts, of the third the memory.
         timed = [] if self.refused else [*self.calls]
         self.long = {name for name in timed if timeit.timeit(self._once(name), number=1) > LONG}
         self.extra = {name: extra_bytes(self._once(name), warm=True) for name in timed}
@@ -306,6 +314,12 @@ class Prepared:
                 return self.calls[name](self.next_input())
 
         return run
+
+    @property
+    def roof(self) -> list[str]:
+        """The ceilings that the roof is made of; those of products come last. No other has a turn in the rounds."""
+        written = ["ceiling:write"] if self.cost.written else []
+        return ["ceiling:read", *written, "ceiling:screen" if self.cost.screened else "ceiling:fma"]
 
     def next_input(self) -> dict[str, Tensor]:
         """The next buffer set; tensors whose gradient is wanted are fresh leaves."""
@@ -341,7 +355,7 @@ def summarise(
         kind: {n: prepared.buffers[0].nbytes / s for n, s in by_round.get(f"ceiling:{kind}", {}).items()}
         for kind in ceilings.MEMORY
     }
-    products = by_round.get(f"ceiling:{'screen' if cost.screened else 'fma'}", {})
+    products = by_round.get(prepared.roof[-1], {})
 
     def paired(provider: str, value: Callable[[int, float], float]) -> float | None:
         values = [value(n, seconds) for n, seconds in by_round.get(provider, {}).items()]
@@ -357,7 +371,7 @@ def summarise(
         return max(moving(n), products[n])
 
     entries = []
-    for provider in [*prepared.verdicts, *(f"ceiling:{kind}" for kind in ceilings.KINDS)]:
+    for provider in [*prepared.verdicts, *prepared.roof]:
         verdict = prepared.verdicts.get(provider)
         does_flops = verdict is not None or provider.removeprefix("ceiling:") in ceilings.COMPUTE
         entry: dict[str, Any] = {
@@ -398,19 +412,21 @@ class Session:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         resolved = {op: peers.resolve(op) for op in plan.ops}
+        few = sweeps.QUICK if plan.quick else sweeps.PEERS if plan.sweep else {}
         self.usable = {
             op: [
                 p
                 for p in usable
-                if p.name not in selected([p.name], plan.exclude)
-                and (p.name in sweeps.PEERS.get(op, (p.name,)) or not (plan.sweep or plan.quick))
+                if p.name not in (*selected([p.name], plan.exclude), *peers.NOT_ON_CPU.get(op, ()))
+                and p.name in few.get(op, (p.name,))
                 and not (plan.quick and p.name.startswith("compile("))
             ]
             for op, (usable, _) in resolved.items()
         }
         self.peers = [record for _, records in resolved.values() for record in records]
         self.visits = schedule(plan, self.usable)
-        self.entries: list[dict] = []
+        self.entries: dict[Row, list[dict[str, Any]]] = {}
+        self.twice: set[Row] = set()
         self.failures = [
             f"peer {r['name']} of {r['op']} is missing: {r['error']}"
             for r in self.peers
@@ -431,11 +447,16 @@ class Session:
         return self.prepared
 
     def sits_out(self, visit: Visit) -> bool:
-        """Whether a peer is so much slower than another one that three rounds of it, or one, are enough."""
-        if visit.round == 0 or visit.provider in (OURS, *self.plan.named):
+        """Whether a visit would decide nothing: of a ceiling that is no part of the row's roof, or of a peer so much
+        slower than another one that three rounds of it, or one, are enough."""
+        if visit.provider.startswith("ceiling:"):
+            return self.prepared is not None and visit.provider not in self.prepared.roof
+        if visit.round == 0 or visit.provider == OURS:
             return False
         peers = {n: np.median([*v.values()]) for n, v in self.samples.items() if n != OURS and ":" not in n}
-        limit = SLOW_PEER if visit.round >= FIRST_ROUNDS else HOPELESS
+        limit = SLOW_PEER
+        if visit.round < FIRST_ROUNDS:
+            limit = math.inf if visit.provider in self.plan.named else HOPELESS
         return bool(visit.provider in peers and peers[visit.provider] > limit * min(peers.values()))
 
     def times(self, provider: str) -> dict[str, int]:
@@ -447,16 +468,32 @@ class Session:
         """Adds the timed calls of one visit."""
         self.samples.setdefault(visit.provider, {})[visit.round] = seconds
 
-    def close_row(self) -> None:
-        """Summarises the current row."""
+    def close_row(self) -> bool:
+        """Summarises the current row. True when it has to be measured once more, and nothing of it is kept: something
+        is above the roof for the first time, mostly beside a busy neighbour; the second time fails the run."""
+        again = False
         if self.prepared is not None:
+            row, light = self.prepared.row, self.plan.quick or self.plan.tiny
             entries, wrong, impossible = summarise(self.prepared, self.samples)
-            self.entries += entries
-            self.failures += wrong
-            # a few calls beside a busy neighbour prove nothing: a quick run only says so
-            (self.notes if self.plan.quick or self.plan.tiny else self.failures).extend(impossible)
+            again = bool(impossible) and not light and row not in self.twice
+            if again:
+                self.twice.add(row)
+                self.notes += [f"{message}; its row was measured once more" for message in impossible]
+            else:
+                self.entries[row] = entries
+                self.failures += wrong
+                # a few calls beside a busy neighbour prove nothing: a quick run only says so
+                (self.notes if light else self.failures).extend(impossible)
         self.prepared, self.samples = None, {}
         gc.collect()
+        return again
+
+    def entries_of(self, row: Row) -> list[dict[str, Any]]:
+        """The entries of a row, or those of the row that it is the same as under its own label."""
+        if not row.same_as:
+            return self.entries.get(row, [])
+        first = self.entries.get(replace(row, size=row.same_as), [])
+        return [{**entry, "size": row.size, "same_as": row.same_as} for entry in first]
 
     def results(self) -> dict[str, Any]:
         """The content of the result file but the environment."""
@@ -466,7 +503,7 @@ class Session:
             "plan": asdict(self.plan),
             "peers": self.peers,
             "ceilings": {"before": self.before, "after": after, "read_pattern": self.ceilings.pattern},
-            "rows": self.entries,
+            "rows": [entry for row in rows(self.plan) for entry in self.entries_of(row)],
             "failures": self.failures,
-            "notes": self.notes,
+            "notes": self.notes + ceilings.moved(self.before, after),
         }

@@ -31,6 +31,7 @@ class Peer:
     version: Callable[[], str]
     optional: bool = False  # may be missing without failing the run
     backward: bool = True  # has gradients
+    released: bool = False  # what published repositories run
 
     def takes(self, size: Mapping[str, Any], mode: str) -> bool:
         """Whether this peer has a place in a row."""
@@ -38,6 +39,20 @@ class Peer:
 
 
 registry: dict[str, list[Peer]] = defaultdict(list)
+
+# What published repositories run, written from the formulas: the average of most, PFENet's prior and weighted average,
+# PANet's average at image size and one cosine a prototype, HSNet's layers, and kernels a sample folded into groups
+# (CondConv and its followers). DPCN has no public code: its windows are the paper's.
+RELEASED = {
+    "masked_avg_pool": ("eager", "pfenet", "panet"),
+    "prototype_cosine": ("cosine_similarity",),
+    "dense_cosine_max": ("pfenet",),
+    "hypercorrelation": ("hsnet",),
+    "dynamic_conv2d": ("grouped",),
+}
+# Not measured on a CPU: compiled, these remain the same library calls, and none was the fastest of any row measured on
+# two machines. A GPU run has them.
+NOT_ON_CPU = {"dynamic_conv2d": ("compile(grouped)", "compile(per-sample)", "compile(merged-taps)")}
 
 
 def _always(size: Mapping[str, Any]) -> bool:
@@ -56,7 +71,8 @@ def peer(
     """Registers a builder as a peer of ``op``."""
 
     def register(build: Build) -> Build:
-        registry[op].append(Peer(name, build, cannot, applies, version, optional, backward))
+        released = name in RELEASED.get(op, ())
+        registry[op].append(Peer(name, build, cannot, applies, version, optional, backward, released))
         return build
 
     return register
@@ -66,7 +82,8 @@ def resolve(op: str) -> tuple[list[Peer], list[dict[str, Any]]]:
     """The peers of an op that can run here, and a record of every one: version, or why it is missing."""
     usable, records = [], []
     for p in registry[op]:
-        record = {"op": op, "name": p.name, "optional": p.optional, "cannot": p.cannot, "version": None, "error": None}
+        record = {name: getattr(p, name) for name in ("name", "optional", "cannot", "released")}
+        record |= {"op": op, "version": None, "error": None}
         try:
             record["version"] = p.version()
             usable.append(p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -215,11 +216,22 @@ def test_a_speed_above_the_roof_is_refused(row):
         assert entries[0]["roof_fraction"] == pytest.approx(factor)
         assert (len(wrong), len(impossible)) == (0, expected)
     session = measure.Session.__new__(measure.Session)
-    for plan, failed in ((measure.Plan(OPS), True), (measure.Plan(OPS, quick=True), False)):
-        session.plan, session.entries, session.failures, session.notes = plan, [], [], []
-        session.prepared, session.samples = prepared, samples
-        session.close_row()
-        assert [bool(session.failures), bool(session.notes)] == [failed, not failed]
+    full, quick = measure.Plan(OPS), measure.Plan(OPS, quick=True)
+    # the first time the row is measured once more; a quick run only says so, every time
+    for plan, samples_of, outcomes in (
+        (full, (samples, samples), [(True, 0, 0, 1), (False, 1, 1, 1)]),
+        (full, (samples, fake_samples(prepared)), [(True, 0, 0, 1), (False, 1, 0, 1)]),
+        (quick, (samples,), [(False, 1, 0, 1)]),
+    ):
+        session.plan, session.entries, session.twice, session.failures, session.notes = plan, {}, set(), [], []
+        found = []
+        for one in samples_of:
+            session.prepared, session.samples = prepared, one
+            again = session.close_row()
+            found.append((again, len(session.entries), len(session.failures), len(session.notes)))
+        assert found == outcomes
+        ours = session.entries[row][0]
+        assert ours["roof_fraction"] == pytest.approx(factor if one is samples else floor, rel=0.01)
 
 
 def test_the_roof_is_of_what_takes_longer():
@@ -282,12 +294,31 @@ def test_plot_writes_every_row(results, tmp_path):
     assert all(measure.OURS in p.read_text() for p in written)
 
 
-def test_a_quick_run_has_the_eager_peers_of_a_sweep():
-    def names(quick):
-        session = measure.Session(dataclasses.replace(PLAN, ops=("prototype_cosine",), exclude=(), quick=quick))
-        return {p.name for p in session.usable["prototype_cosine"]}
+def test_a_run_has_the_peers_of_its_kind(monkeypatch):
+    """A quick run the eager peers of a sweep and the best eager form; no run on a CPU what compiling leaves alone."""
+    monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: SimpleNamespace(measure=dict))
 
-    assert names(quick=True) == {"cosine_similarity", "folded-bmm"} < names(quick=False)
+    def names(op, **kind):
+        session = measure.Session(dataclasses.replace(PLAN, ops=(op,), exclude=(), **kind))
+        return {p.name for p in session.usable[op]}
+
+    assert names("prototype_cosine", quick=True) == {"cosine_similarity", "folded-bmm"} < names("prototype_cosine")
+    eager = {"pfenet", "packed-foreground"}
+    assert names("dense_cosine_max", quick=True) == eager | {"argmax-gather"}
+    assert names("dense_cosine_max", sweep=True) == eager | {"compile(argmax-gather)"}
+    compiled = {n for n in names("dynamic_conv2d") if n.startswith("compile")}
+    assert compiled == {"compile(shifted)"} and {"grouped", "per-sample", "merged-taps"} <= names("dynamic_conv2d")
+    assert {"compile(grouped)"} <= {p.name for p in peers.registry["dynamic_conv2d"]}
+
+
+def test_records_tell_released_code():
+    """Of every op but the one that nobody published; every name is a peer's, eager, and no compiled form counts."""
+    for op in OPS:
+        found = {r["name"] for r in peers.resolve(op)[1] if r["released"]}
+        assert found == set(peers.RELEASED.get(op, ())) and bool(found) == (op != "dense_cosine_match")
+        assert not measure.selected(found, COMPILED) and set(peers.NOT_ON_CPU.get(op, ())) <= {
+            p.name for p in peers.registry[op]
+        }
 
 
 def test_sweeps_vary_one_number(tmp_path):
@@ -321,6 +352,33 @@ def test_sweeps_vary_one_number(tmp_path):
     html = report.render({**environment.environment(), **found, "failures": [], "notes": [],
                           "ceilings": {"before": {}, "after": {}}}, sweeps=[found])  # fmt: skip
     assert "masked_avg_pool against foreground" in html
+
+
+def test_the_base_of_a_sweep_is_measured_once(monkeypatch):
+    """It stands under the label of every axis, in their order; without the first label the next one is measured."""
+    op = "dynamic_conv2d"
+    plan = measure.Plan((op,), sweep=True, tiny=True, rounds=2)
+    spec = testing.specs()[op]
+    base = {f"{axis}={spec.base[axis]}" for axis in spec.axes}
+    found = measure.rows(plan)
+    assert [r.size for r in found] == list(sweeps.sizes(spec))
+    assert {r.size for r in found if r.size in base} == base and len(base) == 3
+    same = {r.size: r.same_as for r in found if r.same_as}
+    assert same == dict.fromkeys(base - {"grid=60"}, "grid=60")
+    visits = measure.schedule(plan, {op: []})
+    assert {v.row.size for v in visits} == {r.size for r in found} - set(same)
+    some = measure.rows(dataclasses.replace(plan, sizes=("batch=*", "channels=*")))
+    assert {r.size: r.same_as for r in some if r.same_as} == {"batch=4": "channels=256"}
+    fake = SimpleNamespace(measure=dict, pattern=0)
+    monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: fake)
+    session = measure.Session(plan)
+    for n, row in enumerate(r for r in found if not r.same_as):
+        session.entries[row] = [{"op": op, "size": row.size, "provider": measure.OURS, "seconds": n}]
+    rows = session.results()["rows"]
+    assert [r["size"] for r in rows] == [r.size for r in found]
+    seconds = {r["size"]: r["seconds"] for r in rows}
+    assert {seconds[label] for label in base} == {seconds["grid=60"]} and len(set(seconds.values())) == len(rows) - 2
+    assert {r["size"]: r["same_as"] for r in rows if "same_as" in r} == same
 
 
 def test_the_share_of_foreground_is_that_of_the_mask():
@@ -386,13 +444,31 @@ def test_providers_take_turns():
 
 
 def test_far_slower_peers_sit_out():
+    """One that a bound names has its three rounds even where it is hopeless, and no more."""
     session = measure.Session.__new__(measure.Session)
+    session.prepared = None
     session.plan = measure.Plan(OPS, named=("bound",))
     seconds = {measure.OURS: 0.1, "ceiling:read": 0.01, "fast": 1.0, "close": 1.9, "slow": 2.1, "bound": 9.0}
     session.samples = {name: {n: [s] * 3 for n in range(3)} for name, s in seconds.items()}
-    session.samples["hopeless"] = {0: [21.0]}
-    for n, out in ((0, set()), (1, {"hopeless"}), (2, {"hopeless"}), (3, {"slow", "hopeless"})):
+    session.samples |= {"hopeless": {0: [21.0]}, "bound-hopeless": {0: [90.0]}}
+    session.plan = dataclasses.replace(session.plan, named=("bound", "bound-hopeless", "close"))
+    slow = {"slow", "hopeless", "bound", "bound-hopeless"}
+    for n, out in ((0, set()), (1, {"hopeless"}), (2, {"hopeless"}), (3, slow)):
         assert {name for name in session.samples if session.sits_out(measure.Visit(ROWS[0], n, name))} == out
+
+
+@pytest.mark.parametrize("screened, written", [(False, 0), (True, 8)])
+def test_only_ceilings_of_the_roof_have_a_turn(screened, written):
+    session = measure.Session.__new__(measure.Session)
+    session.plan, session.samples = PLAN, {}
+    session.prepared = measure.Prepared(ROWS[0], [])
+    session.prepared.cost = dataclasses.replace(session.prepared.cost, screened=screened, written=written)
+    visits = [measure.Visit(ROWS[0], n, f"ceiling:{kind}") for kind in ceilings.KINDS for n in (0, 3)]
+    turns = {v.provider for v in visits if not session.sits_out(v)}
+    assert turns == {"ceiling:read"} | ({"ceiling:write", "ceiling:screen"} if screened else {"ceiling:fma"})
+    samples = {n: s for n, s in fake_samples(session.prepared).items() if n in {measure.OURS, *turns}}
+    seconds = {e["provider"]: e["seconds"] for e in measure.summarise(session.prepared, samples)[0]}
+    assert set(seconds) == {measure.OURS, *turns} and all(seconds.values())
 
 
 @pytest.mark.parametrize("limit, often", [(0.0, (1, 0)), (60.0, (3, 1))])
@@ -448,6 +524,37 @@ def test_our_extra_memory_is_the_stated_scratch_memory():
         if row.mode == "forward":
             prepared = measure.Prepared(row, [])
             assert prepared.extra[measure.OURS] <= 1.05 * prepared.scratch_bytes, row.id
+
+
+def test_a_row_above_the_roof_is_measured_once_more(tmp_path):
+    """With a roof that anything is above: every row has its visits twice, then fails, and the order is kept."""
+    plan = measure.Plan((OPS[0],), sizes=("4x256x60x60",), exclude=("*",), rounds=1, repeats=1)
+    assert [r.mode for r in measure.rows(plan)] == list(measure.MODES)
+    plan.save(tmp_path / "plan.json")
+    code = f"""
+import sys, pytest
+from benchmarks import measure
+measure.ROOF_SLACK = 0.0
+options = ["-q", "-x", "-s", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
+options += ["--plan", r"{tmp_path}/plan.json", "--results", r"{tmp_path}/results.json"]
+sys.exit(pytest.main(["benchmarks/suite", *options]))"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [e["mode"] for e in found["rows"] if e["provider"] == measure.OURS] == list(measure.MODES)
+    assert [e["seconds"]["samples"] for e in found["rows"] if e["provider"] == measure.OURS] == [1, 1]
+    above = [note for note in found["notes"] if "measured once more" in note]
+    assert len(above) == len(found["failures"]) == 2 and all("of the measured roof" in f for f in found["failures"])
+
+
+def test_a_ceiling_that_moved_is_named():
+    before = {"read_gbps": 20.0, "write_gbps": 10.0, "fma_gflops": 114.0, "screen_gflops": 100.0}
+    after = {"read_gbps": 17.0, "write_gbps": 10.0, "fma_gflops": 100.0, "screen_gflops": 117.0}
+    (note,) = ceilings.moved(before, after)
+    assert "read_gbps 20.0 before and 17.0 after, screen_gflops 100.0 before and 117.0 after:" in note
+    assert "write_gbps" not in note and "fma_gflops" not in note and "ratios" in note
+    assert ceilings.moved(before, before) == []
 
 
 def test_environment_names_commit_and_tree():
@@ -871,7 +978,8 @@ def test_run_from_end_to_end(tmp_path, capsys):
     assert found["environment"]["allocator"] == environment.ALLOCATOR
     assert found["environment"]["threads"] == environment.cores()
     assert min(found["ceilings"][when]["read_gbps"] for when in ("before", "after")) > 0
-    assert {e["provider"] for e in found["rows"]} >= {measure.OURS, *(f"ceiling:{k}" for k in ceilings.KINDS)}
+    assert {e["provider"] for e in found["rows"]} >= {measure.OURS, "ceiling:read", "ceiling:write", "ceiling:fma"}
+    assert "ceiling:copy" not in {e["provider"] for e in found["rows"]} and found["ceilings"]["after"]["copy_gbps"] > 0
     counts = {e["provider"]: e["seconds"]["samples"] for e in found["rows"]}
     assert counts[measure.OURS] == 4 and set(counts.values()) <= {2, 4}  # a hopeless peer has one round
     assert "max_error" in found["rows"][0] and found["rows"][0]["correct"]
