@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -393,7 +394,9 @@ def test_the_share_of_foreground_is_that_of_the_mask():
 
 
 def test_the_gate_fails_a_kernel_that_is_slowed_down():
-    """The ratio of a quiet measurement is the baseline; the same kernel called twice fails, once passes."""
+    """The ratio just measured is the baseline; the same kernel called three times fails, once passes. Not twice: one
+    taken in a second beside a busy neighbour may be a third too high itself. The next test has a clock of its own.
+    """
     row = next(r for r in gate.rows(("prototype_cosine",)) if r.mode == "forward")
     quiet = gate.measure_row(row, None)
     assert not quiet.failed and quiet.stand_in == "x.sum()" and "no baseline" in str(quiet)
@@ -401,6 +404,28 @@ def test_the_gate_fails_a_kernel_that_is_slowed_down():
     slowed = gate.measure_row(row, quiet.ratio, slowed=3)
     assert slowed.failed and "SLOWER" in str(slowed)
     assert gate.stand_in(SimpleNamespace(cost=testing.Cost(bytes=1, flops=100)))[0] == "torch.mm"
+
+
+@pytest.mark.parametrize("neighbour", [0.0, 0.5], ids=["quiet", "busy"])
+def test_the_gate_tells_twice_from_once(monkeypatch, neighbour):
+    """On a clock that calls move: 20 repeats pass, and every one with two calls in place of one fails. A busy neighbour
+    makes every call longer by a random part, on average a half."""
+    clock, noise = [0.0], random.Random(0)
+
+    def lasts(seconds):
+        clock[0] += seconds * (1 + (noise.expovariate(1 / neighbour) if neighbour else 0.0))
+
+    fake = SimpleNamespace(
+        refused="", wanted=[], cost=testing.Cost(bytes=100, flops=1), next_input=dict,
+        calls={measure.OURS: lambda tensors: lasts(0.03)},
+        next_buffer=lambda: SimpleNamespace(sum=lambda: lasts(0.02)),
+    )  # fmt: skip
+    monkeypatch.setattr(measure, "Prepared", lambda row, usable: fake)
+    monkeypatch.setattr(gate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    outcomes = {slowed: [gate.measure_row(ROWS[0], 1.5, slowed) for _ in range(20)] for slowed in (1, 2)}
+    assert [o.failed for o in outcomes[1]] == [False] * 20 and [o.failed for o in outcomes[2]] == [True] * 20
+    if not neighbour:
+        assert outcomes[1][0].ratio == pytest.approx(1.5) and outcomes[2][0].ratio == pytest.approx(3)
 
 
 def test_overhead_measures_every_column(tmp_path):
