@@ -19,7 +19,6 @@ from benchmarks import ceilings, environment, measure, targets
 from fss_kernels import testing
 
 RESULTS = environment.RESULTS
-README = environment.ROOT / "README.md"
 # PyTorch's compiler crashed on a peer: it depends on what it timed while it tuned, and the next run has a number again.
 CRASH = "raised InductorError"
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -185,7 +184,7 @@ def _committed() -> list[dict[str, Any]]:
 
 def _sweeps() -> list[dict[str, Any]]:
     """The committed files of sweeps."""
-    return [json.loads(p.read_text()) for p in sorted((RESULTS / "sweeps").glob("*.json"))]
+    return [{**json.loads(p.read_text()), "file": p.name} for p in sorted((RESULTS / "sweeps").glob("*.json"))]
 
 
 def _newest() -> list[dict[str, Any]]:
@@ -273,16 +272,16 @@ def compare(
 
 
 def plot(files: list[str] = (), out: str = "report/plots") -> int:
-    """Writes the plots of result files as SVG files: every row, and time against size.
+    """Writes the plots of result files as SVG files: every row, and time against size; of a sweep along its axes.
 
     Args:
-        files: result files; the newest of benchmarks/results for every op when none is given
+        files: result files; the newest of benchmarks/results for every op, and the sweeps, when none is given
         out: folder to write
     """
     from benchmarks.report import plots
 
     count = 0
-    for results in [{**json.loads(Path(f).read_text()), "file": Path(f).name} for f in files] or _newest():
+    for results in [{**json.loads(Path(f).read_text()), "file": Path(f).name} for f in files] or _newest() + _sweeps():
         if not any("share_in_ops" in row for row in results["rows"]):
             for name, svg in plots(results).items():
                 environment.write_text(Path(out, Path(results["file"]).stem, f"{name}.svg"), svg)
@@ -352,7 +351,9 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
     from benchmarks.report import render
 
     rows, host = glyphs.cells(), costs.committed()
-    experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg()} if rows else None
+    experiment = None
+    if rows:
+        experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg(), "caption": glyphs.caption()}
     table = {"header": costs.header(), "rows": costs.cells(host[0])} if host else None
     results = json.loads(Path(file).read_text())
     environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table, _sweeps()))
@@ -360,34 +361,54 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
     return 0
 
 
-def readme(check: bool = False, file: str = str(README)) -> int:
-    """Regenerates the tables of the README from benchmarks/results.
+def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
+    """Regenerates the tables of the README, and of every op's, from benchmarks/results.
 
     Args:
         check: only compare; exit with 1 on a difference
-        file: the README
+        root: the folder that holds the README and fss_kernels/ops
     """
     from benchmarks import glyphs, reliability
     from benchmarks import overhead as costs
-    from benchmarks.report import readme_section, replace_section
+    from benchmarks.report import op_section, readme_section, replace_section
 
-    committed = _newest()
+    committed, lines = _newest(), targets.load()
     if not committed:
         _say(f"readme: skipped, no results in {RESULTS}")
         return 0
-    text = Path(file).read_text() if Path(file).exists() else ""
-    try:
-        new = replace_section(text, readme_section(committed, glyphs.markdown(), costs.markdown(), _sweeps()))
-        new = replace_section(new, reliability.markdown(), "reliability")
-    except ValueError as error:
-        _say(f"readme: {file}: {error}")
-        return 1
-    if check:
-        _say("readme: up to date" if new == text else "readme: tables differ from the results; run `make readme`")
-        return int(new != text)
-    environment.write_text(file, new)
-    _say(f"readme: tables of {len(committed)} files -> {file}")
-    return 0
+    whole = readme_section(committed, glyphs.markdown(), costs.markdown(), _sweeps(), lines)
+    sections = {Path(root, "README.md"): {"benchmarks": whole, "reliability": reliability.markdown()}}
+    for folder, ops in _folders().items():
+        path = Path(root, "fss_kernels", "ops", folder, "README.md")
+        sections[path] = {"benchmarks": op_section(committed, ops, lines)}
+    stale = {}
+    for path, parts in sections.items():
+        text = path.read_text() if path.exists() else ""
+        new = text
+        try:
+            for name, section in parts.items():
+                new = replace_section(new, section, name)
+        except ValueError as error:
+            _say(f"readme: {path}: {error}")
+            return 1
+        if new != text:
+            stale[path] = new
+    for path, new in stale.items():
+        if check:
+            _say(f"readme: {path}: tables differ from the results; run `make readme`")
+        else:
+            environment.write_text(path, new)
+    state = "differ" if check else "changed"
+    _say(f"readme: tables of {len(committed)} results in {len(sections)} files, {len(stale)} {state}")
+    return int(check and bool(stale))
+
+
+def _folders() -> dict[str, list[str]]:
+    """The folders of ops under fss_kernels/ops, each with its ops."""
+    folders: dict[str, list[str]] = {}
+    for name, spec in testing.specs().items():
+        folders.setdefault(spec.op.folder or name, []).append(name)
+    return folders
 
 
 def main(arguments: list[str] | None = None) -> int:

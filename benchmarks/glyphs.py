@@ -196,8 +196,19 @@ def rows() -> list[dict[str, Any]]:
             values = {(s, k): [r["shots"][str(s)][k] for r in results] for s in SHOTS for k in ("miou", "fb_iou")}
             found.append({"method": method, "title": described.title, "rate": rate if described.trained else None,
                           "seeds": len(results), "parameters": results[0]["parameters"], "values": values,
-                          "curves": [r["curve"] for r in results]})  # fmt: skip
+                          "curves": [r["curve"] for r in results],
+                          "environments": [r["environment"] for r in results]})  # fmt: skip
     return found
+
+
+def caption() -> str:
+    """Where and when the networks of the table were trained."""
+    found: dict[str, dict[str, None]] = {}
+    for env in (env for row in rows() for env in row["environments"]):
+        where = f"{env['cpu']}, threads {env['threads']}, PyTorch {env['torch']}"
+        tree = "" if env["clean"] else " (with local changes)"
+        found.setdefault(where, {})[f"{env['date'][:10]}, commit {(env['commit'] or 'unknown')[:10]}{tree}"] = None
+    return "; ".join(f"{where}: {'; '.join(sorted(whens))}" for where, whens in found.items())
 
 
 def table() -> int:
@@ -220,10 +231,11 @@ def cells() -> list[list[str]]:
 
 
 def markdown() -> str:
-    """The table of `table`; empty without results."""
+    """The table of `table` below its caption; empty without results."""
     if not (body := cells()):
         return ""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *body))
+    lines = (HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *body)
+    return "\n".join([f"{caption()}.", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def svg() -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, measure, peers
+from benchmarks import environment, measure, peers, report
 from fss_kernels import testing
 
 FOLDER = environment.RESULTS / "overhead"
@@ -97,12 +97,17 @@ def committed() -> list[dict[str, Any]]:
 
 
 def markdown() -> str:
-    """A table of every file, for the README; empty without one."""
+    """A table of every file, for the README, PyTorch's time bold where it is the shorter one; empty without one."""
     parts = []
     for results in committed():
         env = results["environment"]
         where = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {env['date'][:10]}"
         parts += [f"{where}, commit {(env['commit'] or 'unknown')[:10]}:", ""]
         lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
+        for line, row in zip(lines[2:], results["rows"], strict=True):
+            for ours, usual in (("forward", "PyTorch forward"), ("forward+backward", "PyTorch forward+backward")):
+                median = {name: row["microseconds"][name]["median"] for name in (ours, usual)}
+                if report.verdict(median[usual] / median[ours]) == "peer":
+                    line[header().index(usual)] = f"**{line[header().index(usual)]}**"
         parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
     return "\n".join(parts).rstrip()

@@ -12,18 +12,60 @@ from typing import Any
 
 import jinja2
 
+from benchmarks import peers, targets
 from benchmarks.measure import OURS
 from benchmarks.targets import fastest_peer, row_entries, version_of
 
+TIE = 0.03  # two runs differ by as much
+AXES = {  # of sweeps, with their units
+    "grid": "grid side, pixels", "channels": "channels", "batch": "batch, samples", "shots": "shots, images",
+    "foreground": "foreground, fraction", "prototypes": "prototypes",
+}  # fmt: skip
 PLAIN = "{x:g}"  # labels of a logarithmic axis: as powers of ten they take a fifth of the drawing
 
 
 def _templates() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=loader, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    environment.globals.update(ratio=ratio, verdict=verdict, missing=missing, crashed=crashed, span=_span,
+                               bound=targets.bound)  # fmt: skip
+    return environment
+
+
+def verdict(value: float) -> str:
+    """Who wins where a peer's time over ours is this: "ours", "tie" or "peer"."""
+    shown = round(value, 2)
+    return "peer" if shown < 1 - TIE else "tie" if shown <= 1 + TIE else "ours"
+
+
+def ratio(value: float) -> str:
+    """A peer's time over ours in Markdown: bold where the peer is faster, a tie named."""
+    text = f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    return {"peer": f"**{text}**", "tie": f"{text} (tie)", "ours": text}[verdict(value)]
+
+
+def missing(results: dict[str, Any]) -> list[str]:
+    """Peers that a run did not have."""
+    found = {p["name"]: "GPU" in p["error"].upper() for p in results["peers"] if p["error"] is not None}
+    return [f"{name} (GPU only)" if gpu else name for name, gpu in found.items()]
+
+
+def crashed(results: dict[str, Any]) -> list[str]:
+    """Rows and peers on which PyTorch's compiler crashed in a run, of the ops that the results hold."""
+    notes = (note.partition(": raised ") for note in results.get("notes", ()))
+    ops = {row["op"] for row in results["rows"]}
+    return [where for where, raised, _ in notes if raised and where.partition("[")[0] in ops]
+
+
+def released(results: dict[str, Any], op: str) -> set[str]:
+    """Names of an op's peers that are code as it was released; files from before the field leave it to the registry."""
+    records = [p for p in results["peers"] if p["op"] == op]
+    if any("released" in p for p in records):
+        return {p["name"] for p in records if p.get("released")}
+    return {p.name for p in peers.registry.get(op, ()) if getattr(p, "released", False)}
 
 
 def _rate(entry: dict[str, Any]) -> str:
@@ -53,6 +95,7 @@ def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
                 },
                 "ours": ours,
                 "fastest": fastest,
+                "released": fastest_peer({p: e for p, e in entries.items() if p in released(results, key[0])}),
                 "fastest_version": version_of(results, key[0], fastest["provider"]) if fastest else "",
                 "floor": ours["roof_fraction"] * ours["seconds"]["median"] if timed else None,
             }
@@ -151,7 +194,7 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
         ticks = sorted({v[0] for values in points.values() for v in values})
         panels[1].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
         panels[1].minorticks_off()
-        panels[1].set_xlabel(axis)
+        panels[1].set_xlabel(AXES[axis])
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -184,15 +227,20 @@ def sweep_table(files: Iterable[dict[str, Any]]) -> str:
         lines, samples = machines.setdefault(machine, []), counts.setdefault(machine, set())
         for (op, axis), rows in _by_axis(row for row in tables(results) if row["fastest"]).items():
             samples |= {row["ours"]["seconds"]["samples"] for row in rows}
-            ratios = [row["fastest"]["ratio_to_ours"] for row in rows]
-            cells = [op, axis, ", ".join(row["size"].partition("=")[2] for row in rows)]
-            cells.append(", ".join(f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}" for ratio in ratios))
+            cells = [op, AXES[axis], ", ".join(row["size"].partition("=")[2] for row in rows)]
+            cells.append(", ".join(ratio(row["fastest"]["ratio_to_ours"]) for row in rows))
             cells.append(", ".join(f"{row['ours']['roof_fraction'] * 100:.0f}" for row in rows))
             cells.append(", ".join(dict.fromkeys(row["fastest"]["provider"] for row in rows)))
             lines.append(f"| {' | '.join(cells)} |")
     head = "| op | axis | values | fastest peer's time ÷ ours | % of roof | fastest peers |\n|---|---|---|---|---|---|"
-    titles = {m: f"{m}, {min(c)} to {max(c)} samples a row:\n" for m, c in counts.items() if c}
+    titles = {m: f"{m}, {_span(c)} samples a row:\n" for m, c in counts.items() if c}
     return "\n\n".join("\n".join([title, head, *machines[machine]]) for machine, title in titles.items())
+
+
+def _span(counts: Iterable[int]) -> str:
+    """The least and the largest of some numbers, for people."""
+    least, most = min(counts), max(counts)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -226,7 +274,7 @@ def render(
     Args:
         results: a result file.
         demo: the folder that `fss-models demo` wrote, for its scores and pictures.
-        glyphs: ``header``, ``rows`` and ``curves`` of the glyph experiment.
+        glyphs: ``header``, ``rows``, ``curves`` and ``caption`` of the glyph experiment.
         overhead: ``header`` and ``rows`` of what a call costs the host.
         sweeps: result files of sweeps, whose plots come with the time against size.
     """
@@ -242,26 +290,42 @@ def render(
                            sweeps={k: v for s in sweeps for k, v in sweep_plots(s).items()})  # fmt: skip
 
 
-def readme_section(
-    files: list[dict[str, Any]], glyphs: str = "", overhead: str = "", sweeps: Iterable[dict[str, Any]] = ()
-) -> str:
-    """The README's tables, of ops and of networks, one each a machine, of result files that share no op.
-
-    ``glyphs`` and ``overhead``: the tables of the glyph experiment and of what a call costs the host, in Markdown;
-    ``sweeps``: result files of sweeps.
-    """
+def _machines(files: list[dict[str, Any]], lines: Iterable[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
+    """For every machine its files of ops and of networks, each with its rows and its share of the lines."""
     machines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
     for results in sorted(files, key=lambda f: f["plan"]["ops"]):
         env = results["environment"]
         key = tuple(env[name] for name in ("cpu", "threads", "torch"))
         kind = "networks" if any("share_in_ops" in row for row in results["rows"]) else "ops"
         machine = machines.setdefault(key, {"ops": [], "networks": []})
-        machine[kind].append({**results, "tables": tables(results)})
-    return (
-        _templates()
-        .get_template("readme.md.j2")
-        .render(machines=list(machines.values()), glyphs=glyphs, overhead=overhead, sweeps=sweep_table(sweeps))
-    )
+        ops = list(dict.fromkeys(row["op"] for row in results["rows"]))
+        outcomes = [targets.evaluate(line, results) for line in lines if line["op"] in ops]
+        machine[kind].append({**results, "ops": ops, "tables": tables(results), "outcomes": outcomes})
+    return list(machines.values())
+
+
+def readme_section(
+    files: list[dict[str, Any]],
+    glyphs: str = "",
+    overhead: str = "",
+    sweeps: Iterable[dict[str, Any]] = (),
+    lines: Iterable[dict[str, Any]] = (),
+) -> str:
+    """The README's tables, of ops and of networks, one each a machine, of result files that share no op.
+
+    ``glyphs`` and ``overhead``: the tables of the glyph experiment and of what a call costs the host, in Markdown;
+    ``sweeps``: result files of sweeps; ``lines``: promises of targets.toml, of which the short ones are listed.
+    """
+    template = _templates().get_template("readme.md.j2")
+    machines = _machines(files, lines)
+    return template.render(machines=machines, glyphs=glyphs, overhead=overhead, sweeps=sweep_table(sweeps))
+
+
+def op_section(files: list[dict[str, Any]], ops: Iterable[str], lines: Iterable[dict[str, Any]] = ()) -> str:
+    """The tables of an op's README: the rows of these ops alone, on every machine."""
+    own = ({**f, **{name: [r for r in f[name] if r["op"] in ops] for name in ("rows", "peers")}} for f in files)
+    mine = [results for results in own if results["rows"]]
+    return readme_section(mine, lines=lines) if mine else "Not measured yet."
 
 
 def replace_section(text: str, section: str, name: str = "benchmarks") -> str:

@@ -84,6 +84,13 @@ def evaluate(line: dict[str, Any], results: dict[str, Any]) -> Outcome:
     return Outcome(line, "pass" if passed else "SHORT", measured, ours["roof_fraction"], name)
 
 
+def bound(line: dict[str, Any]) -> str:
+    """What a line promises, for people."""
+    return (
+        f"{line['metric']} ≥ {line['at_least']:g}" if "at_least" in line else f"{line['metric']} ≤ {line['at_most']:g}"
+    )
+
+
 def exit_code(outcomes: list[Outcome], results: dict[str, Any], allow_short: bool) -> int:
     """1 for a line without a measurement, a run that failed, a missing peer, and a short line unless allowed."""
     states = {o.state for o in outcomes}
@@ -98,11 +105,10 @@ def table(outcomes: list[Outcome], title: str) -> Table:
     colours = {"pass": "green", "SHORT": "yellow", "MISSING": "red"}
     for o in outcomes:
         line = o.line
-        bound = f">= {line['at_least']:g}" if "at_least" in line else f"<= {line['at_most']:g}"
         result.add_row(
             line["issue"] + (f"\n{line['short']}" if o.state == "SHORT" and "short" in line else ""),
             f"{line['op']} {line['size']}\n{line['dtype']} {line['mode']}",
-            f"{line['metric']} {bound}",
+            bound(line),
             "-" if o.measured is None else f"{o.measured:.3g}",
             f"[{colours[o.state]}]{o.state}[/]",
             "-" if o.roof is None else f"{o.roof:.0%}",

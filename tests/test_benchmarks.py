@@ -295,6 +295,20 @@ def test_plot_writes_every_row(results, tmp_path):
     assert all(measure.OURS in p.read_text() for p in written)
 
 
+def test_plot_draws_the_committed_sweeps(results, tmp_path, monkeypatch):
+    """Without files it draws the newest results and the sweeps; an axis has its unit."""
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    rows = [{**entry("masked_avg_pool", 1.0), "size": f"grid={n}"} for n in (30, 60)]
+    environment.write_json(tmp_path / "results" / "sweeps" / "machine.json", result_file(rows) | {"plan": {"sweep": 1}})
+    assert command.main(["plot", "--out", str(tmp_path)]) == 0
+    assert [p.name for p in tmp_path.glob("machine/*.svg")] == ["masked_avg_pool-against-grid.svg"]
+    assert ">grid side, pixels<" in (tmp_path / "machine" / "masked_avg_pool-against-grid.svg").read_text()
+    environment.write_json(tmp_path / "results" / "machine.json", results)
+    assert command.main(["plot", "--out", str(tmp_path / "both")]) == 0
+    assert len([*(tmp_path / "both" / "machine").glob("*.svg")]) > len(ROWS)
+    assert set(report.AXES) == {axis for spec in testing.specs().values() for axis in spec.axes}
+
+
 def test_a_run_has_the_peers_of_its_kind(monkeypatch):
     """A quick run the eager peers of a sweep and the best eager form; no run on a CPU what compiling leaves alone."""
     monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: SimpleNamespace(measure=dict))
@@ -348,8 +362,9 @@ def test_sweeps_vary_one_number(tmp_path):
     ours = [r for r in entries if r["provider"] == measure.OURS]
     peer = [{**r, "provider": "peer", "ratio_to_ours": ratios[r["size"]]} for r in ours]
     table = report.sweep_table([{**environment.environment(), **found, "rows": [*entries, *peer]}])
-    assert "| masked_avg_pool | batch | 1, 2, 4, 8, 20 | **0.50**, 2.00, 3.00, 4.00, 5.00 |" in table
-    assert "| masked_avg_pool | foreground | 0.1 | 1.25 |" in table and table.count("| peer |") == 2
+    assert "| masked_avg_pool | batch, samples | 1, 2, 4, 8, 20 | **0.50**, 2.00, 3.00, 4.00, 5.00 |" in table
+    assert "| masked_avg_pool | foreground, fraction | 0.1 | 1.25 |" in table and table.count("| peer |") == 2
+    assert ", 6 samples a row:" in table
     html = report.render({**environment.environment(), **found, "failures": [], "notes": [],
                           "ceilings": {"before": {}, "after": {}}}, sweeps=[found])  # fmt: skip
     assert "masked_avg_pool against foreground" in html
@@ -434,6 +449,15 @@ def test_overhead_measures_every_column(tmp_path):
     (line,) = overhead.cells(results)
     assert line[0] == "masked_avg_pool" and len(line) == len(overhead.header())
     assert all(float(cell) > 0 for cell in line[1:])
+
+
+def test_overhead_is_bold_where_pytorch_is_faster(tmp_path, monkeypatch):
+    """Compared with our forward, and with the backward; within 3 % neither is."""
+    monkeypatch.setattr(overhead, "FOLDER", tmp_path)
+    times = dict(zip(overhead.COLUMNS, (100, 150, 200, 120, 96, 195), strict=True))
+    row = {"op": "an_op", "microseconds": {name: {"median": t} for name, t in times.items()}}
+    environment.write_json(tmp_path / "a.json", {**environment.environment(), "rows": [row]})
+    assert overhead.markdown().endswith("| an_op | 100 | 150 | 200 | 120 | **96** | 195 |")
 
 
 def test_cuda_needs_a_gpu(monkeypatch, capsys):
@@ -744,9 +768,11 @@ def test_report_shows_every_provider(results, tmp_path, monkeypatch):
 
 def test_report_shows_the_glyph_experiment(results):
     """A row a method, and the curves; nothing of it without results."""
-    experiment = {"header": glyphs.HEADER, "rows": [["a method", "12.3 ± 4.5"]], "curves": "<svg>curves</svg>"}
+    experiment = {"header": glyphs.HEADER, "rows": [["a method", "12.3 ± 4.5"]], "curves": "<svg>curves</svg>",
+                  "caption": "a machine and a day"}  # fmt: skip
     html = report.render(results, glyphs=experiment)
     assert "<td>a method</td><td>12.3 ± 4.5</td>" in html and "<svg>curves</svg>" in html and "FB-IoU, 5 shots" in html
+    assert "a machine and a day" in html
     assert "FB-IoU, 5 shots" not in report.render(results)
 
 
@@ -790,10 +816,10 @@ def test_readme_shows_networks(tmp_path, monkeypatch):
 def test_readme_says_where_the_time_of_a_network_goes(tmp_path):
     """The largest share first, and no op below half a percent; files from before these fields show what they have."""
     e = {"op": "dpcn", "size": "a", "dtype": "float32", "mode": "train", "provider": measure.OURS, "correct": True}
-    e |= {"seconds": {"median": 0.5, "all": [0.5] * 7}, "ratio_to_ours": 1.0, "roof_fraction": None}
+    e |= {"seconds": {"median": 0.5, "all": [0.5, 0.4, 0.75]}, "ratio_to_ours": 1.0, "roof_fraction": None}
     e |= {"share_in_ops": 0.084, "extra_bytes": 2e6, "peak_resident_bytes": 3e6}
     file = {**environment.environment(), "plan": {"ops": ["dpcn"]}, "peers": [], "rows": [e]}
-    assert "|  | 8 % | 2 | 3 |" in report.readme_section([file])
+    assert "| 3 | 0.500 | 0.400 to 0.750 | 1 |  | 8 % | 2 | 3 |" in report.readme_section([file])
     e |= {"throughput": 4.0, "shares": {"a_small": 0.004, "b_less": 0.03, "c_more": 0.05}}
     assert "| 4 | 8 % (c_more 5, b_less 3) | 2 | 3 |" in report.readme_section([file])
 
@@ -892,32 +918,132 @@ def test_a_hopeless_provider_sits_out_after_two_rounds(monkeypatch):
 
 
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
+    """The README and every op's: stale tables are found and replaced, and nothing beside them."""
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    file = tmp_path / "README.md"
+    folders = {spec.op.folder or name for name, spec in testing.specs().items()}
+    files = [tmp_path / "README.md", *(tmp_path / "fss_kernels" / "ops" / f / "README.md" for f in sorted(folders))]
     blocks = [f"<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\n" for name in ("benchmarks", "reliability")]
-    file.write_text("before\n" + "between\n".join(blocks) + "after\n")
-    assert command.main(["readme", "--file", str(file)]) == 0
+    for file in files:
+        environment.write_text(file, "before\n" + "between\n".join(blocks) + "after\n")
+    arguments = ["readme", "--root", str(tmp_path)]
+    assert command.main(arguments) == 0
     assert "skipped, no results" in capsys.readouterr().out
     environment.write_json(tmp_path / "results" / "machine.json", results)
-    assert command.main(["readme", "--check", "--file", str(file)]) == 1
-    assert command.main(["readme", "--file", str(file)]) == 0
-    text = file.read_text()
+    assert command.main([*arguments, "--check"]) == 1 and "stale text" in files[0].read_text()
+    assert command.main(arguments) == 0
+    text = files[0].read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
     assert all(row.size in text for row in ROWS) and "| fastest peer |" in text and "between\n<!-- reliab" in text
     assert "| `make fuzz` |" in text.partition("between")[2]
-    assert command.main(["readme", "--check", "--file", str(file)]) == 0
-    file.write_text("no markers")
+    for file in files[1:]:
+        own = {r.op for r in ROWS if (testing.specs()[r.op].op.folder or r.op) == file.parent.name}
+        assert {r.op for r in ROWS if f"| {r.op} |" in file.read_text()} == own
+        assert ("Not measured yet." in file.read_text()) == (not own)
+    assert command.main([*arguments, "--check"]) == 0
+    environment.write_text(files[1], files[1].read_text().replace("between", "another").replace("easured", "easuring"))
     capsys.readouterr()
-    assert command.main(["readme", "--check", "--file", str(file)]) == 1
-    assert "no <!-- benchmarks:begin -->" in capsys.readouterr().out and file.read_text() == "no markers"
+    assert command.main([*arguments, "--check"]) == 1 and str(files[1]) in capsys.readouterr().out
+    files[0].write_text("no markers")
+    assert command.main([*arguments, "--check"]) == 1
+    assert "no <!-- benchmarks:begin -->" in capsys.readouterr().out and files[0].read_text() == "no markers"
 
 
-def test_the_slowest_peer_is_a_peer_where_all_are_faster_than_ours(results):
-    for entry in results["rows"]:
-        if entry["provider"] != measure.OURS and entry["ratio_to_ours"]:
-            entry["ratio_to_ours"] = 0.5
-    text = report.readme_section([results])
-    assert text.count("| 0.5") == 2 * len(ROWS) and measure.OURS not in text
+def entry(op: str, ratio: float, provider: str = measure.OURS, **fields) -> dict:
+    """A row that takes 2 ms times the ratio, moves 3 MB and reaches half of the roof."""
+    e = {"op": op, "size": "a", "dtype": "float32", "mode": "forward", "provider": provider, "correct": True}
+    e |= {"seconds": {"median": 2e-3 * ratio, "samples": 6}, "ratio_to_ours": ratio, "roof_fraction": 0.5}
+    return e | {"bytes": 3e6, "extra_bytes": 4e5, "scratch_bytes": 4e5, "gflops": 7.0, "bound": "memory"} | fields
+
+
+def result_file(rows: list[dict], peers: tuple = (), **fields) -> dict:
+    ops = list(dict.fromkeys(r["op"] for r in rows))
+    return {**environment.environment(), "plan": {"ops": ops}, "peers": list(peers), "rows": rows, "notes": []} | fields
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "winner"),
+    [
+        (0.5, "**0.50**", "peer"),
+        (0.964, "**0.96**", "peer"),
+        (0.966, "0.97 (tie)", "tie"),
+        (1.034, "1.03 (tie)", "tie"),
+        (1.036, "1.04", "ours"),
+        (12.34, "12.3", "ours"),
+        (1234.5, "1234", "ours"),
+    ],
+)
+def test_a_ratio_says_who_wins(value, text, winner):
+    assert (report.ratio(value), report.verdict(value)) == (text, winner)
+
+
+def test_readme_lists_where_we_do_not_win():
+    """Rows in which a peer is faster, or as fast, and the promises that are not kept, of the ops measured."""
+    ratios = {"a": 0.9, "b": 1.01, "c": 2.0}
+    rows = [
+        entry("an_op", r, name, size=size) for size, x in ratios.items() for name, r in ((measure.OURS, 1), ("p", x))
+    ]
+    key = {"op": "an_op", "dtype": "float32", "mode": "forward", "level": "must"}
+    lines = [
+        {**key, "size": "a", "metric": "roof", "at_least": 0.6, "issue": "most of the roof", "short": "two things"},
+        {**key, "size": "a", "metric": "peer:p", "at_least": 1.6, "issue": "faster than p"},
+        {**key, "size": "c", "metric": "peer:p", "at_least": 1.6, "issue": "much faster than p"},
+        {**key, "size": "d", "metric": "extra_bytes", "at_most": 1.05, "issue": "no row"},
+        {**key, "op": "another_op", "size": "a", "metric": "roof", "at_least": 0.6, "issue": "not measured"},
+    ]
+    text = report.readme_section([result_file(rows)], lines=lines)
+    assert "\nA peer is faster in 1 of 3 rows: an_op a forward (p 0.90).\n" in text
+    assert "\nA peer is as fast in 1 of 3 rows: an_op b forward (p 1.01).\n" in text
+    assert "| p | **0.90** |" in text and "| p | 1.01 (tie) |" in text and "| p | 2.00 |" in text
+    short = text.partition("Promised and not kept here, 3 of 4 lines")[2].partition("---:|---|\n")[2].splitlines()
+    assert short[:3] == [
+        "| most of the roof | an_op a forward | roof ≥ 0.6 | 0.500 | two things |",
+        "| faster than p | an_op a forward | peer:p ≥ 1.6 | 0.900 | \N{EN DASH} |",
+        "| no row | an_op d forward | extra_bytes ≤ 1.05 | \N{EN DASH} | \N{EN DASH} |",
+    ]
+    assert "much faster than p" not in text and "not measured" not in text
+    kept = report.readme_section([result_file(rows[4:])], lines=lines[2:3])
+    assert "All 1 promised figures" in kept and "Promised and not" not in kept and "A peer is" not in kept
+
+
+def test_readme_compares_with_released_code(monkeypatch):
+    """The fastest of it, not the slowest peer; a file from before the field asks the registry; a dash without any."""
+    rows = [entry("an_op", r, name) for name, r in ((measure.OURS, 1), ("fast", 2), ("slow", 50), ("late", 60))]
+    records = [{"op": "an_op", "name": name, "error": None, "version": ""} for name in ("fast", "slow", "late")]
+    ours = "| an_op | a | float32 | forward | 2.00 | 7 | 3.0 | 50 | memory | fast | 2.00 |"
+    assert f"{ours} \N{EN DASH} | \N{EN DASH} | 0.4 |" in report.readme_section([result_file(rows, records)])
+    monkeypatch.setitem(peers.registry, "an_op", [SimpleNamespace(name="late", released=True)])
+    assert f"{ours} late | 60.0 | 0.4 |" in report.readme_section([result_file(rows, records)])
+    new = [r | {"released": r["name"] != "fast"} for r in records]
+    assert f"{ours} slow | 50.0 | 0.4 |" in report.readme_section([result_file(rows, new)])
+
+
+def test_readme_names_what_a_run_lacked():
+    """Peers that were missing, those on which the compiler crashed, and a roof that did not count products."""
+    errors = {"here": None, "absent": "No module named 'absent'", "other": "does this on a GPU only"}
+    records = [{"op": "an_op", "name": n, "error": e, "version": ""} for n, e in errors.items()]
+    rows = [entry("an_op", 1), entry("an_op", 2, "here")]
+    notes = ["an_op[a, float32, forward] here: raised InductorError: AssertionError", "b_op[a] p: raised InductorError"]
+    text = report.readme_section([result_file(rows, records, notes=notes)])
+    assert (
+        "6 samples; missing peers: absent, other (GPU only); PyTorch's compiler crashed on an_op[a, float32, " in text
+    )
+    assert "forward] here\n" in text and "b_op" not in text and "of memory alone" not in text
+    before = [{k: v for k, v in r.items() if k != "bound"} for r in rows]
+    assert "6 samples; the roof is of memory alone\n" in report.readme_section([result_file(before)])
+
+
+def test_an_op_has_its_own_rows_of_every_machine():
+    """Of files with several ops; lines and peers of other ops stay away."""
+    rows = [entry(op, r, name) for op in ("one", "two") for name, r in ((measure.OURS, 1), (f"peer of {op}", 2))]
+    records = [{"op": op, "name": f"absent of {op}", "error": "no", "version": ""} for op in ("one", "two")]
+    first, second = result_file(rows, records), result_file(rows[:2])
+    second["environment"] |= {"cpu": "another machine"}
+    line = {"size": "a", "dtype": "float32", "mode": "forward", "metric": "roof", "at_least": 0.6, "level": "must"}
+    lines = [{**line, "op": op, "issue": f"promise of {op}"} for op in ("one", "two")]
+    text = report.op_section([first, second], ["one"], lines)
+    assert text.count("| one |") == 2 and text.count("\n### ") == 2 and "### another machine\n" in text
+    assert text.count("promise of one") == 2 and "absent of one" in text and "two" not in text
+    assert report.op_section([first], ["three"], lines) == "Not measured yet."
 
 
 def test_long_runs_are_counted(tmp_path):

@@ -33,6 +33,8 @@ def one_thread() -> Iterator[None]:
 def stored(folder: Path, method: str, rate: float, seed: int, score: float, test: float = 10.0) -> None:
     shots = {str(s): {"miou": test + s, "fb_iou": 50.0} for s in glyphs.SHOTS}
     content = {"training_classes": {"miou": score}, "shots": shots, "curve": [[1, 0.5]], "parameters": 7}
+    env = {"cpu": "a machine", "threads": 1, "torch": "2.13", "date": f"2026-01-0{1 + seed}T10:00:00+00:00"}
+    content["environment"] = env | {"commit": "0123456789abcdef", "clean": seed == 0}
     content["config"] = glyphs._settings(glyphs._config(method, rate, seed))
     glyphs.environment.write_json(folder / f"{glyphs._name(method, rate, seed)}.json", content)
 
@@ -49,6 +51,8 @@ def test_rate_is_chosen_on_training_classes(small: Path) -> None:
     (row,) = glyphs.rows()
     assert row["values"][1, "miou"] == [11.0, 15.0]
     assert "| DPCN | 13.0 ± 2.8 | 50.0 ± 0.0 | 17.0 ± 2.8 | 50.0 ± 0.0 | 0.002 | 7 | 2 |" in glyphs.markdown()
+    where = "a machine, threads 1, PyTorch 2.13: 2026-01-01, commit 0123456789; 2026-01-02, commit 0123456789 (with"
+    assert glyphs.markdown().startswith(f"{where} local changes).\n\n| method |")
     assert glyphs.svg().startswith("<svg")
     assert "13.0 ± 2.8" in report.readme_section([], glyphs.markdown())
 
