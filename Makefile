@@ -25,6 +25,10 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 	  $(PIP_INSTALL) --no-build-isolation -e '.[dev]' && wait $$native
 	@touch $@
 
+# Other libraries to compare with: where they do not install the benchmarks go on, and their results name what was missing.
+.venv/peers: .venv/installed
+	$(PIP_INSTALL) --no-build-isolation -e '.[peers]' && touch $@ || echo "bench: goes on without the extra peers"
+
 # The main job: what runs here, is it right, how fast is it; a network trained for a minute; then report/index.html.
 # Interpreting the Triton kernels takes as long as all of these together: `fss-kernels verify` alone does it.
 demo: .venv/installed
@@ -61,7 +65,7 @@ fuzz: .venv/installed
 
 # Every number of the README: ops, networks, host, glyph networks. Hours: what this machine has measured from the same
 # sources is not measured again, nor a network trained that has a result. `check` alone fails on a line that is short.
-bench: .venv/installed
+bench: .venv/peers
 	$(PY) -m benchmarks run --resume
 	$(PY) -m benchmarks run --resume --sweep --rounds 4
 	$(PY) -m benchmarks.models --resume
@@ -102,6 +106,7 @@ lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m benchmarks readme --check
 	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cpp/cores/*)
 
 # On a machine with a GPU and no network there is no .venv: its own Python, and the wheels carried to it.
