@@ -13,18 +13,21 @@ import builders
 import numpy as np
 import pytest
 import torch
+from model_samples import Episode, balanced
 from PIL import Image
 from test_metrics import slow
 from torch import nn
 
+from fss_models import checkpoints
 from fss_models.__main__ import main
-from fss_models.config import DataConfig, ModelConfig
+from fss_models.config import Config, DataConfig, ModelConfig
 from fss_models.data import PROTOCOLS, GlyphEpisodes
 from fss_models.data.build import eval_episodes
 from fss_models.data.coco import prepare_coco
 from fss_models.data.episodes import Geometry
 from fss_models.evaluate import AllForeground, EvalConfig, at_truth, evaluate, measure, overlay, probabilities
 
+NETWORKS = {"panet": {}, "dpcn": {"channels": 16, "dilations": [1, 2]}, "dpnet": {"channels": 16, "bins": [3, 2]}}
 MODEL = ["--model.name", "dpcn", "--model.options", '{"channels": 16, "dilations": [1, 2]}']
 
 
@@ -156,24 +159,50 @@ def test_padding_is_cut_before_resizing() -> None:
     assert judged.shape == (40, 80) and torch.allclose(judged, torch.ones(40, 80))
 
 
-def test_same_in_two_processes(tmp_path: Path) -> None:
-    options = ["--data.protocol", "glyphs", "--data.size", "33", "--episodes", "9", "--seeds", "[0]", "--device", "cpu"]
-    options += ["--model.name", "panet"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "fss_models"]
-    subprocess.run([*command, "evaluate", *options, "--out", "two"], cwd=tmp_path, check=True, timeout=240)
-    assert main(["evaluate", *options, "--out", str(tmp_path / "one")]) == 0
-    one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
-    assert one["seeds"] == two["seeds"] and two["environment"]["processes"] == 2
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files of untrained networks, moved so that they predict both classes."""
+    files = {name: tmp_path_factory.mktemp("networks") / f"{name}.safetensors" for name in NETWORKS}
+    drawn = [GlyphEpisodes(0, "test", size=33)[i] for i in range(4)]
+    for name, file in files.items():
+        config = Config(DataConfig("glyphs", size=33), ModelConfig(name, "tiny", options=NETWORKS[name]))
+        torch.manual_seed(1)
+        model = checkpoints.build_model(config.model).eval()
+        if name != "panet":
+            balanced(model, Episode(*(torch.stack([one[key] for one in drawn]) for key in Episode._fields)))
+        checkpoints.write_weights(file, model, config, 1)
+    return {name: str(file) for name, file in files.items()}
 
 
-def test_same_seed_same_scores() -> None:
+_EVALUATOR = """
+import json, os
+from fss_models.evaluate import EvalConfig, evaluate
+results = [evaluate(EvalConfig(**chosen)) for chosen in json.load(open("chosen.json"))]
+json.dump(results, open(f"told-{os.environ['RANK']}.json", "w"))
+"""
+
+
+def test_same_in_two_processes(networks: dict[str, str], tmp_path: Path) -> None:
+    """Twice."""
+    chosen = [{"checkpoint": file, "episodes": 9, "seeds": [0], "device": "cpu"} for file in networks.values()]
+    (tmp_path / "run.py").write_text(_EVALUATOR)
+    (tmp_path / "chosen.json").write_text(json.dumps(chosen * 2))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=240)
+    one, two = [evaluate(EvalConfig(**c)) for c in chosen], json.loads((tmp_path / "told-0.json").read_text())
+    assert [r["seeds"] for r in one * 2] == [r["seeds"] for r in two] and all(r["seeds"]["0"]["miou"] > 0 for r in one)
+    assert [r["environment"]["processes"] for r in (*one, *two)] == [1] * len(one) + [2] * len(two)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_same_seed_same_scores(networks: dict[str, str], network: str) -> None:
     """Twice, with one thread and with two; another seed draws other episodes."""
-    base = EvalConfig(data=DataConfig("glyphs", size=33), model=ModelConfig("panet"), episodes=6, device="cpu")
     found = []
     for threads, seed in ((1, 0), (1, 0), (2, 0), (1, 5)):
         torch.set_num_threads(threads)
-        found.append(evaluate(dataclasses.replace(base, seeds=[seed]))["seeds"][str(seed)])
-    assert found[0] == found[1] == found[2] != found[3]
+        result = evaluate(EvalConfig(networks[network], episodes=6, seeds=[seed], device="cpu"))
+        found.append(result["seeds"][str(seed)])
+    assert found[0] == found[1] == found[2] != found[3] and found[0]["miou"] > 0
 
 
 def test_training_classes_and_other_shots() -> None:

@@ -27,7 +27,9 @@ from fss_models.errors import CheckpointError, ConfigError, DataError, UserError
 from fss_models.train import StepSampler, rate, train
 
 CALM = {"channels": 16, "dilations": [1, 2], "mid_dropout": 0.0, "cls_dropout": 0.0}
-NOISY = {**CALM, "mid_dropout": 0.5, "cls_dropout": 0.1}
+NOISE = {"mid_dropout": 0.5, "cls_dropout": 0.1}
+NOISY = {**CALM, **NOISE}
+NETWORKS = {"dpcn": CALM, "dpnet": {"channels": 16, "bins": [3, 2], "mid_dropout": 0.0, "cls_dropout": 0.0}}
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +41,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def config(out: Path, options: dict[str, Any] = CALM, **optim: Any) -> Config:
+def config(out: Path, options: dict[str, Any] = CALM, network: str = "dpcn", **optim: Any) -> Config:
     return Config(
         data=DataConfig("glyphs", size=33),
-        model=ModelConfig("dpcn", "tiny", options=options),
+        model=ModelConfig(network, "tiny", options=options),
         optim=OptimConfig(**{"steps": 4, "batch": 4, "lr": 0.05, **optim}),
         out=str(out),
         device="cpu",
@@ -139,29 +141,36 @@ for path in sys.argv[1:]:
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Up to rounding; two processes and two processes, to the bit."""
     (tmp_path / "run.py").write_text(_TRAINER)
-    for name in ("two", "again"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(to_dict(config(tmp_path / name, steps=3))))
-    one = config(tmp_path / "one", steps=3)
-    train(one)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py", "two.json", "again.json"]
+    named = [(network, processes) for network in NETWORKS for processes in ("one", "two", "again")]
+    runs = {(n, p): config(tmp_path / n / p, NETWORKS[n], n, steps=3) for n, p in named}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"]
+    for (network, processes), run in runs.items():
+        if processes == "one":
+            train(run)
+        else:
+            command.append(f"{network}-{processes}.json")
+            (tmp_path / command[-1]).write_text(json.dumps(to_dict(run)))
     done = launch(command, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "again"))
-    start = checkpoints.build_model(one.model)
-    moved = max((v - start.state_dict()[k]).abs().max() for k, v in weights(tmp_path / "one").items())
-    assert moved > 1e-3
-    assert_equal(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
+    for network in NETWORKS:
+        one, two, again = (weights(tmp_path / network / processes) for processes in ("one", "two", "again"))
+        assert_equal(two, again)
+        start = checkpoints.build_model(runs[network, "one"].model).state_dict()
+        assert max((v - start[k]).abs().max() for k, v in one.items()) > 1e-3
+        assert_equal(one, two, 1e-5)
 
 
-def test_same_seed_same_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", NETWORKS)
+def test_same_seed_same_numbers(tmp_path: Path, network: str) -> None:
     """The same bits for a number of threads; another number rounds differently, another seed is another run."""
+    noisy = {**NETWORKS[network], **NOISE}
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for name in ("a", "b"):
-            train(config(tmp_path / f"{name}{threads}", NOISY, steps=2))
+            train(config(tmp_path / f"{name}{threads}", noisy, network, steps=2))
         assert_equal(weights(tmp_path / f"a{threads}"), weights(tmp_path / f"b{threads}"))
     assert_equal(weights(tmp_path / "a1"), weights(tmp_path / "a2"), 1e-5)
-    train(dataclasses.replace(config(tmp_path / "c", NOISY, steps=2), seed=1))
+    train(dataclasses.replace(config(tmp_path / "c", noisy, network, steps=2), seed=1))
     assert max((v - weights(tmp_path / "c")[k]).abs().max() for k, v in weights(tmp_path / "a1").items()) > 1e-3
 
 
