@@ -40,11 +40,25 @@ def report(case):
                 compared[str(backend)] = compared.get(str(backend), 0) + len(results)
             except RuntimeError as error:
                 forced[str(backend)] = str(error)
+    import fss_models
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 33, 33, generator=generator), torch.randn(2, 1, 3, 33, 33, generator=generator)
+    mask = (torch.rand(2, 1, 33, 33, generator=generator) < 0.5).long()
+    networks = []
+    for name in ("dpcn", "dpnet", "panet"):
+        model = fss_models.build(name, "tiny", **({} if name == "panet" else {"channels": 8})).eval()
+        with torch.no_grad():
+            logits = model(*images, mask)
+            with _library.use_backend("reference"):
+                wanted = model(*images, mask)
+        networks.append(name)
+        if not torch.allclose(logits, wanted, rtol=1e-4, atol=1e-5):
+            wrong.append(f"{name}: {(logits - wanted).abs().max()}")
     code = __main__.info(Console(file=text, width=1000))
     return {
         "from": fss_kernels.__file__, "info": text.getvalue(), "code": code, "wrong": wrong, "refused": forced,
         "defaults": sorted({op.default_backend("cpu") for op in _library.ops.values()}), "isa": _library.cpu_isa(),
-        "compared": compared,
+        "compared": compared, "networks": networks,
         "warnings": [str(w.message) for w in caught if "fss_kernels" in str(w.message)],
     }
 
@@ -132,6 +146,7 @@ def test_fallbacks(reports, case):
     assert len(said) == len(_library.ops) and said[0] and said[0] in found["refused"]["cuda"]
     assert found["compared"].keys() == {"None", *_library.BACKENDS} - found["refused"].keys()
     assert min(found["compared"].values()) >= 2 * len(_library.ops)
+    assert found["networks"] == ["dpcn", "dpnet", "panet"]
     assert found["warnings"] == [f"fss_kernels: the CPU kernels are off: {r}" for r in reasons.values() if "ISA" in r]
     assert found["isa"] == (case if case in ISAS else None if default == "reference" else _library.cpu_isa())
     assert ("fallback" in found["from"]) == ("library" in case)

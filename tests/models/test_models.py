@@ -5,17 +5,22 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from model_samples import SMALL, balanced, episode, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_samples import SMALL, Episode, balanced, episode, small
+from test_memory import held, visible
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fss_kernels
 import fss_models
-from fss_kernels import _library
+from fss_kernels import _library, testing
 from fss_models import DPCN, build
 from fss_models.backbones import Tiny
 from fss_models.model import labels_of
@@ -111,6 +116,82 @@ def test_training_and_evaluation_differ_by_dropout_alone(name):
     torch.testing.assert_close(dropping.eval()(*e[:3]), plain(*e[:3]), rtol=0, atol=0)
     if name != "panet":
         assert not torch.allclose(dropping.train()(*e[:3]), plain(*e[:3]))
+
+
+# ---- layouts, sizes, threads, memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [name for name in testing.LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts(name, layout):
+    """Images and labels in other strides."""
+    e = episode(shots=2).to(torch.float64)
+    model, changed = small(name, torch.float64), Episode(*map(testing.LAYOUTS[layout], e))
+    assert {t.is_contiguous() for t in changed} == {layout == "offset"} or layout.startswith("channels_last")
+    plain = Episode(*(t.contiguous() for t in changed))
+    for got, want in zip(results(model, changed)[:2], results(model, plain)[:2], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(
+    batch=st.integers(1, 3), shots=st.integers(1, 3), size=st.tuples(*[st.integers(9, 41)] * 2),
+    share=st.floats(0, 1), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+def test_any_episode(name, batch, shots, size, share, seed):
+    """Kernels and reference agree, and every sample alone has the result that it has in the batch."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, 3, *size, generator=generator, dtype=torch.float64)
+    support = torch.randn(batch, shots, 3, *size, generator=generator, dtype=torch.float64)
+    mask = (torch.rand(batch, shots, *size, generator=generator) < share).long()
+    model, tolerance = small(name, torch.float64), {"rtol": 1e-9, "atol": 1e-11}
+    whole = model(query, support, mask)
+    with fss_kernels.use_backend("reference"):
+        torch.testing.assert_close(whole, model(query, support, mask), **tolerance)
+    for b in range(batch):
+        alone = model(query[b : b + 1], support[b : b + 1], mask[b : b + 1])
+        torch.testing.assert_close(whole[b : b + 1], alone, **tolerance)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_python_threads(name):
+    """Two threads at once have the bits of one alone, other episodes at the same time."""
+    model, episodes = small(name), [episode(seed=0), episode(shots=3, seed=1)]
+    alone, start = [results(model, e) for e in episodes], threading.Barrier(2)
+
+    def run(worker):
+        start.wait()
+        return [(i, results(model, episodes[i])) for i in ((turn + worker) % 2 for turn in range(4))]
+
+    with ThreadPoolExecutor(2) as pool:
+        for i, found in (result for worker in pool.map(run, range(2)) for result in worker):
+            for got, want in zip((*found[:2], *found[2]), (*alone[i][:2], *alone[i][2]), strict=True):
+                assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_calls_leave_nothing_behind(name):
+    """Training steps, and episodes that are refused."""
+    model, e = small(name), episode(batch=1, size=(17, 17))
+    bad = e._replace(target=e.target[:, 1:])
+
+    def call():
+        model.zero_grad()
+        model.loss(*e).backward()
+        with pytest.raises(ValueError, match="target must have shape"):
+            model.loss(*bad)
+
+    for _ in range(30):
+        call()
+    known = visible()
+    before = held()
+    for _ in range(300):
+        call()
+    assert held() - before < 16 * 300  # the smallest block is of 32 bytes
+    ids_of_known = {id(t) for t in known}
+    assert not [t.shape for t in visible() if id(t) not in ids_of_known]
 
 
 # ---- tracing --------------------------------------------------------------------------------------------------------
