@@ -41,7 +41,7 @@ def report(case):
             except RuntimeError as error:
                 forced[str(backend)] = str(error)
     import fss_models
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.manual_seed(0)
     images = torch.randn(2, 3, 33, 33, generator=generator), torch.randn(2, 1, 3, 33, 33, generator=generator)
     mask = (torch.rand(2, 1, 33, 33, generator=generator) < 0.5).long()
     networks = []
