@@ -98,7 +98,7 @@ def pytest_sessionfinish(session, exitstatus) -> None:  # type: ignore[no-untype
     for report in reporter.stats.get("skipped", []) if reporter else []:
         if report.longrepr[2].removeprefix("Skipped: ") not in MISSING:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if reporter and "FUZZ_EXAMPLES" in os.environ and not hasattr(session.config, "workerinput"):  # once, of all workers
+    if reporter and "FUZZ_EXAMPLES" in os.environ and not hasattr(session.config, "workerinput"):
         total = fuzzed(reporter)
         few = [spec.name for spec in SPECS if total[spec.name] < FUZZ_MINIMUM]
         if few:
