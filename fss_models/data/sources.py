@@ -235,7 +235,7 @@ def labelled_source(
         if named.exists():
             try:
                 names.update({int(k): str(v) for k, v in json.loads(named.read_text()).items()})
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise DataError(f"{named}: not a JSON object of ids and names") from None
         image, label = (lambda n: f"{_coco(n)}.jpg"), (lambda n: f"annotations/{_coco(n)}.png")
     else:

@@ -431,6 +431,16 @@ def test_any_text_as_a_cache(cached: tuple[Path, Callable[[], dict], dict], cont
     assert read() == wanted
 
 
+@pytest.mark.parametrize("text", ["", "[]", "5", '{"a": "dog"}', "[" * 100_000])
+def test_names_that_are_no_names(roots: Path, text: str) -> None:
+    named, lists = roots / "coco" / "annotations" / "names.json", roots / "coco" / "splits" / "val2014.txt"
+    whole = named.read_text()
+    named.write_text(text)
+    refuses(lambda: labelled_source("coco", roots / "coco", lists, range(1, 81)), str(named))
+    named.write_text(whole)
+    labelled_source("coco", roots / "coco", lists, range(1, 81))
+
+
 def literal_runs(text: str) -> list[int]:
     """The runs of COCO's compressed regions, by their bits as text; nothing for what is no such region."""
     if not re.fullmatch("([P-o]{0,5}[0-O])*", text):
