@@ -12,6 +12,12 @@ from fss_kernels import testing
 
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 TRACED = ("contiguous", "channels_last_sliced")  # where backward is traced, its derivatives too: a minute an op
+EMPTY = ("contiguous", "channels_last", "permuted")  # opcheck cannot copy a sliced one
+
+
+def layouts(names, slow):
+    """Cases of which some are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 def raw_arguments(spec, sample, dtype, layout, requires_grad):
@@ -22,7 +28,7 @@ def raw_arguments(spec, sample, dtype, layout, requires_grad):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts(testing.LAYOUTS, TRACED[1:]))
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
 def test_opcheck(spec, layout, requires_grad):
     sample = next(s for s in spec.samples() if not s.large)
@@ -48,7 +54,7 @@ EMPTIES = [(spec, "batch") for spec in SPECS] + [(spec, SECOND[spec.name][0]) fo
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])  # opcheck cannot copy a sliced one
+@pytest.mark.parametrize("layout", layouts(EMPTY, EMPTY[1:]))
 @pytest.mark.parametrize("spec, cut", EMPTIES, ids=ids)
 def test_opcheck_of_nothing(spec, cut, layout, requires_grad):
     sample = next(s for s in spec.samples() if not s.large)
