@@ -166,7 +166,7 @@ def _finish(results: dict[str, Any], path: Path) -> int:
         if record["error"] is not None and record["optional"]:
             _say(f"optional peer {record['name']} of {record['op']} is missing: {record['error']}")
     for note in results["notes"]:
-        _say(f"not to be trusted: {note}")
+        _say(f"note: {note}")
     for failure in results["failures"]:
         _say(f"FAILED: {failure}")
     if results["failures"]:
@@ -223,7 +223,7 @@ def check(files: list[str] = (), allow_short: bool = False, lines: str = str(tar
                 kind = "optional peer" if record["optional"] else "PEER"
                 _say(f"{kind} {record['name']} of {record['op']} is missing: {record['error']}")
         for note in results["notes"]:
-            _say(f"not to be trusted: {note}")
+            _say(f"note: {note}")
         for failure in results["failures"]:
             _say(f"FAILED: {failure}")
         states += [o.state for o in outcomes]

@@ -65,7 +65,7 @@ def released(results: dict[str, Any], op: str) -> set[str]:
     records = [p for p in results["peers"] if p["op"] == op]
     if any("released" in p for p in records):
         return {p["name"] for p in records if p.get("released")}
-    return {p.name for p in peers.registry.get(op, ()) if getattr(p, "released", False)}
+    return {p.name for p in peers.registry.get(op, ()) if p.released}
 
 
 def _rate(entry: dict[str, Any]) -> str:

@@ -1012,7 +1012,9 @@ def test_readme_compares_with_released_code(monkeypatch):
     ours = "| an_op | a | float32 | forward | 2.00 | 7 | 3.0 | 50 | memory | fast | 2.00 |"
     assert f"{ours} \N{EN DASH} | \N{EN DASH} | 0.4 |" in report.readme_section([result_file(rows, records)])
     monkeypatch.setitem(
-        peers.registry, "an_op", [SimpleNamespace(name="fast"), SimpleNamespace(name="late", released=True)]
+        peers.registry,
+        "an_op",
+        [SimpleNamespace(name="fast", released=False), SimpleNamespace(name="late", released=True)],
     )
     assert f"{ours} late | 60.0 | 0.4 |" in report.readme_section([result_file(rows, records)])
     new = [r | {"released": r["name"] != "fast"} for r in records]
@@ -1046,6 +1048,30 @@ def test_an_op_has_its_own_rows_of_every_machine():
     assert text.count("| one |") == 2 and text.count("\n### ") == 2 and "### another machine\n" in text
     assert text.count("promise of one") == 2 and "absent of one" in text and "two" not in text
     assert report.op_section([first], ["three"], lines) == "Not measured yet."
+
+
+@pytest.mark.parametrize("worker, recorded", [(False, 1), (True, 0)])
+def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
+    """By the process that starts the workers; too few examples of an op count as failures."""
+    import conftest
+
+    rounds = []
+    monkeypatch.setattr(reliability, "add_round", lambda *args: rounds.append(args))
+    monkeypatch.setenv("FUZZ_EXAMPLES", "200")
+    monkeypatch.setenv("FUZZ_RUN", "5")
+    counts = {name: 500 for name in OPS} | {OPS[0]: 499}
+    reports = [SimpleNamespace(user_properties=[("examples", counts)])]
+    reporter = SimpleNamespace(
+        stats={"failed": ["one"]}, getreports=lambda name: reports, write_line=lambda *args, **kwargs: None
+    )
+    plugins = SimpleNamespace(get_plugin=lambda name: reporter)
+    config = SimpleNamespace(
+        pluginmanager=plugins, getoption=lambda name: "7", **({"workerinput": {}} if worker else {})
+    )
+    session = SimpleNamespace(config=config, exitstatus=0)
+    conftest.pytest_sessionfinish(session, 0)
+    assert rounds == [("5", "7", dict(sorted(counts.items())), 2)] * recorded
+    assert bool(session.exitstatus) == bool(recorded)
 
 
 def test_long_runs_are_counted(tmp_path):

@@ -20,7 +20,7 @@ _LARGEST = 1e5  # pixels: pycocotools allocates by coordinates, and crashes on t
 
 
 def _runs(text: str) -> list[int] | None:
-    """The runs of a compressed region, five bits a character, from the third on minus the last but one; None if it
+    """The runs of a compressed region, five bits a character, from the fourth on less the last but one; None if it
     ends within a number, or has one of more than 30 bits: pycocotools reads on behind either."""
     runs: list[int] = []
     value = bits = 0
