@@ -42,7 +42,13 @@ def _pixels(tile, W, BLOCK: tl.constexpr):
     """Rows and columns of BLOCK pixels from tile * BLOCK on, with one 64-bit division for all of them."""
     first = tile.to(tl.int64) * BLOCK
     local = (first % W).to(tl.int32) + tl.arange(0, BLOCK)
-    return first // W + local // W, local % W
+    return first // W + local // W, (local % W).to(tl.int64)
+
+
+@triton.jit
+def _steps(count: tl.constexpr, stride):
+    """So many strides, in 64 bits: Triton passes a stride below 2^31 in 32."""
+    return tl.cast(stride, tl.int64) * count
 
 
 @triton.jit
@@ -69,19 +75,25 @@ def pack_kernel(
                 if MERGE and ADD:
                     total = tl.load(to + t, mask=inside, other=0)
                 if (MASK0 >> (i * 9 + j)) & 1:
-                    value = tl.load(from0 + (i - 4) * stride0_h + (j - 4) * stride0_w, mask=inside).to(tl.float32)
+                    value = tl.load(from0 + _steps(i - 4, stride0_h) + _steps(j - 4, stride0_w), mask=inside).to(
+                        tl.float32
+                    )
                     total += value
                     if not MERGE:
                         tl.store(to + first0 + t0, value, mask=inside)
                         t0 += 1
                 if (MASK1 >> (i * 9 + j)) & 1:
-                    value = tl.load(from1 + (i - 4) * stride1_h + (j - 4) * stride1_w, mask=inside).to(tl.float32)
+                    value = tl.load(from1 + _steps(i - 4, stride1_h) + _steps(j - 4, stride1_w), mask=inside).to(
+                        tl.float32
+                    )
                     total += value
                     if not MERGE:
                         tl.store(to + first1 + t1, value, mask=inside)
                         t1 += 1
                 if (MASK2 >> (i * 9 + j)) & 1:
-                    value = tl.load(from2 + (i - 4) * stride2_h + (j - 4) * stride2_w, mask=inside).to(tl.float32)
+                    value = tl.load(from2 + _steps(i - 4, stride2_h) + _steps(j - 4, stride2_w), mask=inside).to(
+                        tl.float32
+                    )
                     total += value
                     if not MERGE:
                         tl.store(to + first2 + t2, value, mask=inside)
@@ -151,7 +163,9 @@ def conv_kernel(
             if ((MASK0 | MASK1 | MASK2) >> (i * 9 + j)) & 1:
                 here = (y + (i - 4) >= 0) & (y + (i - 4) < H) & (z + (j - 4) >= 0) & (z + (j - 4) < W)
                 value = tl.load(
-                    at + (i - 4) * stride_h + (j - 4) * stride_w, mask=(c < C)[:, None] & here[None, :], other=0
+                    at + _steps(i - 4, stride_h) + _steps(j - 4, stride_w),
+                    mask=(c < C)[:, None] & here[None, :],
+                    other=0,
                 ).to(tl.float32)
                 if (MASK0 >> (i * 9 + j)) & 1:
                     total0 += tl.load(k + first0 + t0, mask=c < C, other=0)[:, None] * value
@@ -183,7 +197,9 @@ def _gather_gradient(
             if (MASK >> (i * 9 + j)) & 1:
                 here = (y - (i - 4) >= 0) & (y - (i - 4) < H) & (z - (j - 4) >= 0) & (z - (j - 4) < W)
                 g = tl.load(
-                    at - (i - 4) * stride_h - (j - 4) * stride_w, mask=(c < C)[:, None] & here[None, :], other=0
+                    at - _steps(i - 4, stride_h) - _steps(j - 4, stride_w),
+                    mask=(c < C)[:, None] & here[None, :],
+                    other=0,
                 ).to(tl.float32)
                 total += tl.load(k + t, mask=c < C, other=0)[:, None] * g
                 t += 1
@@ -246,7 +262,9 @@ def grad_taps_kernel(
             if ((MASK0 | MASK1 | MASK2) >> (i * 9 + j)) & 1:
                 here = (y + (i - 4) >= 0) & (y + (i - 4) < H) & (z + (j - 4) >= 0) & (z + (j - 4) < W) & (y < H)
                 value = tl.load(
-                    at + (i - 4) * stride_x_h + (j - 4) * stride_x_w, mask=(c < C)[:, None] & here[None, :], other=0
+                    at + _steps(i - 4, stride_x_h) + _steps(j - 4, stride_x_w),
+                    mask=(c < C)[:, None] & here[None, :],
+                    other=0,
                 ).to(tl.float32)
                 if (MASK0 >> (i * 9 + j)) & 1:
                     tl.store(to + first0 + t0, tl.sum(g0 * value, axis=1), mask=c < C)
