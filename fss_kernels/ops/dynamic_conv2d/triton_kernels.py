@@ -42,11 +42,11 @@ def _pixels(tile, W, BLOCK: tl.constexpr):
     """Rows and columns of BLOCK pixels from tile * BLOCK on, with one 64-bit division for all of them."""
     first = tile.to(tl.int64) * BLOCK
     local = (first % W).to(tl.int32) + tl.arange(0, BLOCK)
-    return first // W + local // W, (local % W).to(tl.int64)
+    return first // W + local // W, local % W
 
 
 @triton.jit
-def _steps(count: tl.constexpr, stride):
+def _steps(count, stride):
     """So many strides, in 64 bits: Triton passes a stride below 2^31 in 32."""
     return tl.cast(stride, tl.int64) * count
 
@@ -152,7 +152,7 @@ def conv_kernel(
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
     y, z = _pixels(tl.program_id(0), W, BLOCK_N)
-    at = x_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + z * stride_w)[None, :]
+    at = x_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + _steps(z, stride_w))[None, :]
     k = taps_ptr + (b * C + c) * T
     total0 = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
     total1 = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
@@ -216,7 +216,7 @@ def grad_x_kernel(
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
     y, z = _pixels(tl.program_id(0), W, BLOCK_N)
-    at = grad_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + z * stride_w)[None, :]
+    at = grad_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + _steps(z, stride_w))[None, :]
     k = taps_ptr + (b * C + c) * T
     step = C.to(tl.int64) * stride_c
     n = y * W + z
@@ -244,7 +244,7 @@ def grad_taps_kernel(
     b = tl.program_id(2).to(tl.int64)
     y, z = _pixels(tl.program_id(0), W, BLOCK_N)
     whole = (c < C)[:, None] & (y < H)[None, :]
-    g = grad_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + z * stride_w)[None, :]
+    g = grad_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + _steps(z, stride_w))[None, :]
     step = C.to(tl.int64) * stride_c
     g0 = tl.load(g + output0 * step, mask=whole, other=0).to(tl.float32)
     g1 = g0
@@ -253,7 +253,7 @@ def grad_taps_kernel(
         g1 = tl.load(g + output1 * step, mask=whole, other=0).to(tl.float32)
     if MASK2 != 0:
         g2 = tl.load(g + output2 * step, mask=whole, other=0).to(tl.float32)
-    at = x_ptr + b * stride_x_b + c[:, None] * stride_x_c + (y * stride_x_h + z * stride_x_w)[None, :]
+    at = x_ptr + b * stride_x_b + c[:, None] * stride_x_c + (y * stride_x_h + _steps(z, stride_x_w))[None, :]
     images = tl.num_programs(2).to(tl.int64) * tl.program_id(0) + b
     to = partial_ptr + (images * C + c) * T
     t0, t1, t2 = 0, 0, 0
