@@ -76,11 +76,12 @@ namespace dynamic_conv2d {
 
 using namespace fss::dynamic_conv2d;
 
-// Rows of one register tile: as many as leave accumulators and window in the 32 or 16 registers. A remainder goes in
-// tiles of kTail and single rows.
-constexpr int kTile = FSS_ISA_LEVEL == 2 ? 4 : 2;      // three outputs
-constexpr int kTileOne = FSS_ISA_LEVEL == 2 ? 8 : 4;   // one result
-constexpr int kTileSums = FSS_ISA_LEVEL == 2 ? 6 : 2;  // sums for the kernels
+// Rows of one register tile. The sum of a row is a chain of multiply-adds that wait for each other: enough rows hide
+// it. Accumulators stay in the 32 or 16 registers, the window need not. A remainder goes in tiles of kTail and single
+// rows.
+constexpr int kTile = 4;                               // three outputs
+constexpr int kTileOne = FSS_ISA_LEVEL == 2 ? 8 : 6;   // one result
+constexpr int kTileSums = FSS_ISA_LEVEL == 2 ? 6 : 4;  // sums for the kernels
 constexpr int kTail = 2;
 
 // Where things are in a strip's scratch, in elements.
@@ -279,28 +280,28 @@ struct Fetch {
   bool write;
 
   // always_inline: GCC takes a function that only prefetches for one without effect, and drops its calls
-  __attribute__((always_inline)) void run(int64_t part, int64_t parts) const {
-    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
-      const char* piece = data + i * stride;
+  __attribute__((always_inline)) void run(int64_t pieces) {
+    for (int64_t i = 0, n = std::min(pieces, count); i < n; ++i, data += stride) {
       for (int64_t at = 0; at < bytes; at += 64)
-        write ? __builtin_prefetch(piece + at, 1, 3) : __builtin_prefetch(piece + at, 0, 2);
+        write ? __builtin_prefetch(data + at, 1, 3) : __builtin_prefetch(data + at, 0, 2);
     }
+    count -= std::min(pieces, count);
   }
 };
 
-// A share of the fetches after every tile: one after the other, reading and computing would take turns.
+// A share of the fetches after every tile: one after the other, reading and computing would take turns. No division in
+// a step: eight of them took longer than a tile.
 struct Ahead {
-  std::vector<Fetch> fetches;
-  int64_t part = 0, parts = 1;
+  std::vector<std::pair<Fetch, int64_t>> fetches;  // and its pieces a step
+  int64_t steps = 1;
 
-  void restart(int64_t steps) {
+  void restart(int64_t of) {
     fetches.clear();
-    part = 0, parts = steps;
+    steps = std::max<int64_t>(1, of);
   }
+  void add(const Fetch& fetch) { fetches.push_back({fetch, ceil_div(fetch.count, steps)}); }
   void step() {
-    if (part >= parts) return;
-    for (const Fetch& fetch : fetches) fetch.run(part, parts);
-    ++part;
+    for (auto& [fetch, share] : fetches) fetch.run(share);
   }
 };
 
@@ -322,14 +323,15 @@ template <int Rows, bool Three, bool Past, class A, class T>
 inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square, const A* vertical, const A* horizontal,
                        T* const (&out)[3], Put<Past, Rows, A, T>& put) {
   constexpr int64_t n = lanes<A>;
-  vec<A> acc[3][Rows] = {};
+  vec<A> acc[3][Rows] = {}, odd[Rows] = {};  // odd columns of the square: two chains half as long
 #pragma GCC unroll 5
   for (int c = 0; c < 5; ++c) {
     const Window<Rows, A> window(x + c * step, pitch);
+    vec<A>(&sum)[Rows] = c % 2 ? odd : acc[0];
 #pragma GCC unroll 5
     for (int r = 0; r < 5; ++r) {
       const vec<A> k = load(square + (r * 5 + c) * n);
-      for (int i = 0; i < Rows; ++i) acc[0][i] += window.v[i + r] * k;
+      for (int i = 0; i < Rows; ++i) sum[i] += window.v[i + r] * k;
     }
     if (Three) {
       if (c == 2) {
@@ -343,6 +345,7 @@ inline void cross_tile(const A* x, int64_t pitch, int64_t step, const A* square,
       for (int i = 0; i < Rows; ++i) acc[2][i] += window.v[i + 2] * k;
     }
   }
+  for (int i = 0; i < Rows; ++i) acc[0][i] += odd[i];
 #pragma GCC unroll 3  // an index that the compiler does not know would put the accumulators into memory
   for (int o = 0; o < (Three ? 3 : 1); ++o) put(out[o], acc[o]);
 }
@@ -352,18 +355,19 @@ template <int Rows, bool Three, bool Past, class A, class T>
 inline void cross_tile_grad(const A* const (&grad)[3], int64_t pitch, int64_t step, const A* square, const A* vertical,
                             const A* horizontal, T* out, Put<Past, Rows, A, T>& put) {
   constexpr int64_t n = lanes<A>;
-  vec<A> acc[Rows] = {};
+  vec<A> acc[Rows] = {}, odd[Rows] = {};
 #pragma GCC unroll 5
   for (int c = 0; c < 5; ++c) {
     const Window<Rows, A> window(grad[0] + c * step, pitch);
+    vec<A>(&sum)[Rows] = c % 2 ? odd : acc;
 #pragma GCC unroll 5
     for (int r = 0; r < 5; ++r) {
       const vec<A> k = load(square + ((4 - r) * 5 + 4 - c) * n);
-      for (int i = 0; i < Rows; ++i) acc[i] += window.v[i + r] * k;
+      for (int i = 0; i < Rows; ++i) sum[i] += window.v[i + r] * k;
     }
     if (Three) {
       const vec<A> k = load(horizontal + (4 - c) * n);
-      for (int i = 0; i < Rows; ++i) acc[i] += load(grad[2] + (i + 2) * pitch + c * step) * k;
+      for (int i = 0; i < Rows; ++i) odd[i] += load(grad[2] + (i + 2) * pitch + c * step) * k;
     }
   }
   if (Three) {
@@ -374,6 +378,7 @@ inline void cross_tile_grad(const A* const (&grad)[3], int64_t pitch, int64_t st
       for (int i = 0; i < Rows; ++i) acc[i] += window.v[i + r] * k;
     }
   }
+  for (int i = 0; i < Rows; ++i) acc[i] += odd[i];
   put(out, acc);
 }
 
@@ -701,10 +706,10 @@ void forward(const ConvArgs& args, int64_t begin, int64_t end) {
     if (task + 1 < end) {
       const Owner<T, A> next(args, s, (task + 1) / strips);
       const int64_t a = (task + 1) % strips * s.rows, b = std::min(a + s.rows, args.height);
-      ahead.fetches.push_back(fetch_strip<T>(args, x, next.b, next.c0, next.owned, a, b));
+      ahead.add(fetch_strip<T>(args, x, next.b, next.c0, next.owned, a, b));
       const Target<T> target(args, args.out, args.outputs, next.b, next.c0, a);
       for (int64_t o = 0; o < args.outputs && args.stream && !target.template lines<A>(args); ++o) {
-        ahead.fetches.push_back(fetch_target(args, target, o, next.owned, b - a));
+        ahead.add(fetch_target(args, target, o, next.owned, b - a));
       }
     }
     for (int64_t g = 0; g < owner.groups; ++g) {
@@ -756,12 +761,12 @@ void backward(const ConvArgs& args, int64_t begin, int64_t end) {
         const int64_t a = more ? y1 : 0, b = std::min(a + s.rows, args.height);
         for (int64_t o = 0; o < args.outputs; ++o) {
           const int64_t c = o * args.channels + next.c0;
-          ahead.fetches.push_back(fetch_strip<T>(args, from_grad, next.b, c, next.owned, a, b));
+          ahead.add(fetch_strip<T>(args, from_grad, next.b, c, next.owned, a, b));
         }
-        if (need_kernels) ahead.fetches.push_back(fetch_strip<T>(args, from_x, next.b, next.c0, next.owned, a, b));
+        if (need_kernels) ahead.add(fetch_strip<T>(args, from_x, next.b, next.c0, next.owned, a, b));
         const Target<T> target(args, args.grad_x, 1, next.b, next.c0, a);
         if (need_x && args.stream && !target.template lines<A>(args)) {
-          ahead.fetches.push_back(fetch_target(args, target, 0, next.owned, b - a));
+          ahead.add(fetch_target(args, target, 0, next.owned, b - a));
         }
       }
       for (int64_t g = 0; g < owner.groups; ++g) {
