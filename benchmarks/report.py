@@ -21,7 +21,6 @@ AXES = {  # of sweeps, with their units
     "grid": "grid side, pixels", "channels": "channels", "batch": "batch, samples", "shots": "shots, images",
     "foreground": "foreground, fraction", "prototypes": "prototypes",
 }  # fmt: skip
-PLAIN = "{x:g}"  # labels of a logarithmic axis: as powers of ten they take a fifth of the drawing
 
 
 def _templates() -> jinja2.Environment:
@@ -103,6 +102,20 @@ def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
+def _label(*axes: Any) -> None:
+    """Plain numbers on logarithmic axes, between the powers of ten too where they span less than two: as powers of ten
+    the labels take a fifth of the drawing."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+            return f"{x:g}"
+
+    for axis in axes:
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.4)))
+
+
 def _plot(row: dict[str, Any]) -> str:
     """Median times with their p20 to p80 as a bar plot, the roof as a line; inline SVG."""
     import matplotlib
@@ -123,7 +136,7 @@ def _plot(row: dict[str, Any]) -> str:
         axes.axvline(row["floor"] * 1e3, color="#15803d", linestyle="--", label="roof of this machine")
         if max(medians) > 30 * min(medians):
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(PLAIN)
+            _label(axes.xaxis)
         axes.set_xlabel("ms (median, p20 to p80)")
         figure.legend(loc="outside upper right", frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -153,8 +166,7 @@ def _scaling(rows: list[dict[str, Any]]) -> str:
             style = {OURS: {"color": "#c2410c", "linewidth": 2.5}, "roof": {"color": "#15803d", "ls": "--"}}
             axes.plot(*zip(*sorted(values), strict=True), marker="o", markersize=4, label=name, **style.get(name, {}))
         axes.set(xscale="log", yscale="log", xlabel="MB that must move", ylabel="ms")
-        axes.xaxis.set_major_formatter(PLAIN)
-        axes.yaxis.set_major_formatter(PLAIN)
+        _label(axes.xaxis, axes.yaxis)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         text = io.StringIO()
@@ -189,7 +201,7 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
                     label = name if part == 1 else None
                     axes.plot(*zip(*xy, strict=True), marker="o", markersize=4, label=label, **style.get(name, {}))
             axes.set(xscale="log", yscale="log", ylabel=unit)
-            axes.yaxis.set_major_formatter(PLAIN)
+            _label(axes.yaxis)
             axes.spines[["top", "right"]].set_visible(False)
         ticks = sorted({v[0] for values in points.values() for v in values})
         panels[1].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
@@ -244,12 +256,12 @@ def _span(counts: Iterable[int]) -> str:
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of one op, dtype and mode, by title."""
+    """The rows of one op, dtype and mode, by title, where there are several: one point shows no growth."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["ours"]["seconds"]:
             groups.setdefault(f"{row['op']}, {row['dtype']}, {row['mode']}", []).append(row)
-    return groups
+    return {title: members for title, members in groups.items() if len(members) > 1}
 
 
 def plots(results: dict[str, Any]) -> dict[str, str]:

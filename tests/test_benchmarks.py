@@ -759,11 +759,20 @@ def test_report_shows_every_provider(results, tmp_path, monkeypatch):
     environment.write_json(file, results)
     assert command.main(["report", str(file), "--out", str(page)]) == 0
     html = page.read_text()
-    scaling = {(r.op, r.dtype, r.mode) for r in ROWS}  # a log-log plot each, and a bar plot a row
-    assert html.count("<svg") == len(ROWS) + len(scaling)
+    assert html.count("<svg") == len(ROWS) and "Time against size" not in html  # one size each
     for entry in results["rows"]:
         assert entry["provider"].removeprefix("ceiling:") in html and entry["size"] in html
     assert str(results["environment"]["commit"]) in html and "src=" not in html and 'href="http' not in html
+
+
+def test_report_plots_time_against_size(results):
+    """A log-log plot of every op, dtype and mode with several sizes."""
+    entries = results["rows"]
+    larger = [{**e, "size": "larger", "bytes": e["bytes"] and 4 * e["bytes"]} for e in entries if e["op"] == ROWS[0].op]
+    html = report.render({**results, "rows": [*entries, *larger]})
+    again = [(r.dtype, r.mode) for r in ROWS if r.op == ROWS[0].op]
+    assert html.count("<svg") == len(ROWS) + len(again) + len(set(again))
+    assert "Time against size" in html and "MB that must move" in html
 
 
 def test_report_shows_the_glyph_experiment(results):
