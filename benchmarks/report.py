@@ -103,7 +103,7 @@ def tables(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _label(*axes: Any) -> None:
-    """Plain numbers on logarithmic axes, between the powers of ten too where they span less than two: as powers of ten
+    """Plain numbers on logarithmic axes, between the powers of ten too where these are at most two: as powers of ten
     the labels take a fifth of the drawing."""
     from matplotlib.ticker import LogFormatter
 
@@ -205,7 +205,7 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
             axes.spines[["top", "right"]].set_visible(False)
         ticks = sorted({v[0] for values in points.values() for v in values})
         panels[1].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-        panels[1].minorticks_off()
+        panels[1].xaxis.minorticks_off()
         panels[1].set_xlabel(AXES[axis])
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         text = io.StringIO()
@@ -256,12 +256,12 @@ def _span(counts: Iterable[int]) -> str:
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of one op, dtype and mode, by title, where there are several: one point shows no growth."""
+    """The rows of one op, dtype and mode, by title, where their bytes differ: one point shows no growth."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["ours"]["seconds"]:
             groups.setdefault(f"{row['op']}, {row['dtype']}, {row['mode']}", []).append(row)
-    return {title: members for title, members in groups.items() if len(members) > 1}
+    return {title: members for title, members in groups.items() if len({m["ours"]["bytes"] for m in members}) > 1}
 
 
 def plots(results: dict[str, Any]) -> dict[str, str]:

@@ -10,10 +10,12 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import fss_kernels
 from benchmarks import __main__ as command
@@ -773,6 +775,19 @@ def test_report_plots_time_against_size(results):
     again = [(r.dtype, r.mode) for r in ROWS if r.op == ROWS[0].op]
     assert html.count("<svg") == len(ROWS) + len(again) + len(set(again))
     assert "Time against size" in html and "MB that must move" in html
+    same = [{**e, "size": "same"} for e in entries]
+    assert "Time against size" not in report.render({**results, "rows": [*entries, *same]})
+
+
+@pytest.mark.parametrize("limits, between", [((20, 60), ["20", "30", "40", "60"]), ((2, 6000), [])])
+def test_labels_of_logarithmic_axes(limits, between):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set(yscale="log", ylim=limits)
+    report._label(axes.yaxis)
+    figure.canvas.draw()
+    found = [t.get_text() for t in axes.get_yticklabels(minor=True)]
+    assert [t for t in found if t] == between
 
 
 def test_report_shows_the_glyph_experiment(results):
@@ -1081,6 +1096,15 @@ def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
     conftest.pytest_sessionfinish(session, 0)
     assert rounds == [("5", "7", dict(sorted(counts.items())), 2)] * recorded
     assert bool(session.exitstatus) == bool(recorded)
+
+
+def test_planted_faults_fit_the_sources():
+    """A patch that has to be looked for may land elsewhere."""
+    patches = sorted(Path(__file__).parent.glob("mutants/*/*.patch"))
+    dry = ["patch", "-p1", "-s", "-F0", "--dry-run", "-d", Path(__file__).parents[1], "-i"]
+    assert len(patches) >= 60 and not [
+        p.stem for p in patches if subprocess.run([*dry, p], capture_output=True).returncode
+    ]
 
 
 def test_long_runs_are_counted(tmp_path):

@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from fss_kernels import _library, testing
 
@@ -267,6 +268,30 @@ def test_compiles_without_spills(target):
     changed = {n: (recorded.get(n), r) for n, r in table.items() if recorded.get(n) != r} if recorded else table
     if changed:  # informational: another compiler version may allocate differently
         print(f"resources that differ from {TABLE.name}: {changed}")
+
+
+@pytest.mark.parametrize("folder", OPS)
+def test_any_size_or_stride_may_be_one(folder):
+    """Triton compiles an integer that is 1 into the kernel, as a constant without the methods of a tensor."""
+    backend = make_backend(TARGETS["sm_90"])
+    first = {kernel.__name__: variant for kernel, *variant in reversed(list(OPS[folder](module(folder))))}
+    refused = {}
+    for name, (_, pointers, constants) in first.items():
+        kernel, options = getattr(module(folder), name), backend.parse_options({})
+        constants = {n: value for n, value in constants.items() if n != "num_warps"}
+        types = signature(kernel, pointers, constants)
+        integers = [n for n, kind in types.items() if kind in (INTEGER, "i64")]
+        for ones in [integers, *([n] for n in integers)]:
+            source = ASTSource(kernel, types | dict.fromkeys(ones, "constexpr"), constants | dict.fromkeys(ones, 1))
+            context = ir.context()
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+            try:
+                source.make_ir(TARGETS["sm_90"], options, functions, modules, context)
+            except triton.CompilationError as error:
+                refused[(name, *ones)] = str(error).splitlines()[-1]
+    assert not refused
 
 
 @pytest.mark.parametrize(

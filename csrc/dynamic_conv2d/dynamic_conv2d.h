@@ -77,8 +77,8 @@ namespace dynamic_conv2d {
 using namespace fss::dynamic_conv2d;
 
 // Rows of one register tile. The sum of a row is a chain of multiply-adds that wait for each other: enough rows hide
-// it. Accumulators stay in the 32 or 16 registers, the window need not. A remainder goes in tiles of kTail and single
-// rows.
+// it. Accumulators about fill the 32 or 16 registers; what else is read, the first cache holds. A remainder goes in
+// tiles of kTail and single rows.
 constexpr int kTile = 4;                               // three outputs
 constexpr int kTileOne = FSS_ISA_LEVEL == 2 ? 8 : 6;   // one result
 constexpr int kTileSums = FSS_ISA_LEVEL == 2 ? 6 : 4;  // sums for the kernels
@@ -279,7 +279,7 @@ struct Fetch {
   int64_t count, stride, bytes;
   bool write;
 
-  // always_inline: GCC takes a function that only prefetches for one without effect, and drops its calls
+  // always_inline: GCC 12 may take a function that prefetches for one without effect, and drop its calls
   __attribute__((always_inline)) void run(int64_t pieces) {
     for (int64_t i = 0, n = std::min(pieces, count); i < n; ++i, data += stride) {
       for (int64_t at = 0; at < bytes; at += 64)
@@ -290,7 +290,7 @@ struct Fetch {
 };
 
 // A share of the fetches after every tile: one after the other, reading and computing would take turns. No division in
-// a step: eight of them took longer than a tile.
+// a step: eight of them a tile took a twentieth of the forward.
 struct Ahead {
   std::vector<std::pair<Fetch, int64_t>> fetches;  // and its pieces a step
   int64_t steps = 1;

@@ -79,7 +79,9 @@ def build(copy: Path) -> None:
 
 def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
     """The id of the first test that fails on the mutant, or None; tests that are ``likely`` to catch it go first."""
-    subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=copy, check=True)
+    faulty = copy / first_line(patch).removeprefix("--- a/")
+    source = faulty.read_bytes()  # taken back, a patch may find another place to undo
+    subprocess.run(["patch", "-p1", "-s", "-F0", "-i", patch], cwd=copy, check=True)
     try:
         op, only = patch.parent.name, only_tests(patch)
         if "csrc/" in first_line(patch) and only != EMULATED:
@@ -94,7 +96,7 @@ def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
             calls.insert(0, [*likely])
         return next((found for call in calls if (found := failure(copy, call))), None)
     finally:
-        subprocess.run(["patch", "-p1", "-s", "-R", "-i", patch], cwd=copy, check=True)
+        faulty.write_bytes(source)
 
 
 def first_line(patch: Path) -> str:

@@ -121,7 +121,7 @@ def unpack_kernel(
     """Gradients (B, C, kh, kw) of up to three kernels from partial (pieces, B, C, T). Program: BLOCK of B*C rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < size
-    step = size.to(tl.int64) * T
+    step = tl.cast(size, tl.int64) * T
     source = partial_ptr + row * T
     t, t0, t1, t2 = 0, 0, 0, 0
     for i in tl.static_range(9):
@@ -181,9 +181,9 @@ def conv_kernel(
     whole = (c < C)[:, None] & (y < H)[None, :]
     tl.store(to, total0.to(out_ptr.dtype.element_ty), mask=whole)
     if MASK1 != 0:
-        tl.store(to + C.to(tl.int64) * stride_out_c, total1.to(out_ptr.dtype.element_ty), mask=whole)
+        tl.store(to + _steps(C, stride_out_c), total1.to(out_ptr.dtype.element_ty), mask=whole)
     if MASK2 != 0:
-        tl.store(to + 2 * C.to(tl.int64) * stride_out_c, total2.to(out_ptr.dtype.element_ty), mask=whole)
+        tl.store(to + 2 * _steps(C, stride_out_c), total2.to(out_ptr.dtype.element_ty), mask=whole)
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def grad_x_kernel(
     y, z = _pixels(tl.program_id(0), W, BLOCK_N)
     at = grad_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + _steps(z, stride_w))[None, :]
     k = taps_ptr + (b * C + c) * T
-    step = C.to(tl.int64) * stride_c
+    step = _steps(C, stride_c)
     n = y * W + z
     to = b * stride_out_b + c[:, None] * stride_out_c + n[None, :] * stride_out_n
     whole = (c < C)[:, None] & (y < H)[None, :]
@@ -245,7 +245,7 @@ def grad_taps_kernel(
     y, z = _pixels(tl.program_id(0), W, BLOCK_N)
     whole = (c < C)[:, None] & (y < H)[None, :]
     g = grad_ptr + b * stride_b + c[:, None] * stride_c + (y * stride_h + _steps(z, stride_w))[None, :]
-    step = C.to(tl.int64) * stride_c
+    step = _steps(C, stride_c)
     g0 = tl.load(g + output0 * step, mask=whole, other=0).to(tl.float32)
     g1 = g0
     g2 = g0

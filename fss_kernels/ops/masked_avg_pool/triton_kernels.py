@@ -143,7 +143,7 @@ def finish_pool_kernel(partial_ptr, area_ptr, pooled_ptr, eps, size, C, pieces, 
     inside = i < size
     total = tl.zeros([BLOCK], dtype=ACC)
     for piece in range(pieces):
-        total += tl.load(partial_ptr + piece * size.to(tl.int64) + i, mask=inside, other=0)
+        total += tl.load(partial_ptr + piece * tl.cast(size, tl.int64) + i, mask=inside, other=0)
     d = tl.load(area_ptr + i // C, mask=inside, other=1) + tl.cast(eps, ACC)
     pooled = tl.where(d == 0, 0.0, total / tl.where(d == 0, 1.0, d))
     tl.store(pooled_ptr + i, pooled.to(pooled_ptr.dtype.element_ty), mask=inside)

@@ -161,7 +161,7 @@ def _summed(partial_ptr, first, count, P, C, c, ACC: tl.constexpr, BLOCK: tl.con
     """The partial sums of one prototype, `count` of them, in order."""
     total = tl.zeros([BLOCK], dtype=ACC)
     for i in range(count):
-        total += tl.load(partial_ptr + first + i * (P * C).to(tl.int64) + c, mask=c < C, other=0)
+        total += tl.load(partial_ptr + first + i * tl.cast(P * C, tl.int64) + c, mask=c < C, other=0)
     return total
 
 
