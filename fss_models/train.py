@@ -126,9 +126,14 @@ class _Log:
         self.path = Path(config.out, "log.csv")
         kept: list[dict[str, str]] = []
         if start and self.path.exists():
-            with open(self.path, newline="") as file:
-                complete = (row for row in csv.DictReader(file) if all(row.get(c) for c in _COLUMNS))
-                kept = [row for row in complete if int(row["step"]) <= start]
+            try:
+                with open(self.path, newline="") as file:
+                    complete = (row for row in csv.DictReader(file) if all(row.get(c) for c in _COLUMNS))
+                    kept = [row for row in complete if int(row["step"]) <= start]
+            except (ValueError, csv.Error) as error:
+                raise UserError(
+                    f"{self.path}: not the log of a run, move it away to begin a new one ({error})"
+                ) from error
         text = io.StringIO()
         writer = csv.DictWriter(text, _COLUMNS)
         writer.writeheader()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -35,6 +36,9 @@ from benchmarks import (
     targets,
 )
 from fss_kernels import _library, testing
+
+sys.path.insert(0, str(Path(__file__).parent / "mutants"))
+import run as mutants
 
 OPS = tuple(testing.specs())
 COMPILED = ("*compile*", "max-autotune*", "flex-attention")
@@ -815,6 +819,19 @@ def test_report_marks_a_peer_that_wins(results):
     assert report.render(won).count("faster than ours") == 1 and "faster than ours" not in report.render(results)
 
 
+def test_a_peak_is_that_of_its_own_process():
+    """Whatever the process holds that starts it."""
+    large = torch.ones(200_000_000)
+    code = """
+from types import SimpleNamespace
+from benchmarks import models
+models.tasks = lambda plan, ops: [SimpleNamespace(mode="train", calls={"ours": lambda: None})]
+print(models.peak(None, "dpcn:train:ours"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50e6 < int(done.stdout) < large.nbytes
+
+
 def test_readme_shows_networks(tmp_path, monkeypatch):
     """The program measures small networks; their rows have a table of their own in the README."""
     out = tmp_path / "models.json"
@@ -1098,6 +1115,17 @@ def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
     assert bool(session.exitstatus) == bool(recorded)
 
 
+def test_every_mended_bug_has_a_test():
+    tests = Path(__file__).parent
+    text = "".join(path.read_text() for path in tests.rglob("*.py"))
+    mended = (tests.parent / "CHANGELOG.md").read_text().partition("### Fixed")[2].split("\n- ")[1:]
+    assert mended
+    for bug in mended:
+        names = re.findall(r"`(test_\w+(?:\.py)?)`", bug)
+        missing = [n for n in names if not ([*tests.rglob(n)] if n.endswith(".py") else f"def {n}(" in text)]
+        assert names and not missing, bug
+
+
 def test_planted_faults_fit_the_sources():
     """A patch that has to be looked for may land elsewhere."""
     patches = sorted(Path(__file__).parent.glob("mutants/*/*.patch"))
@@ -1105,6 +1133,21 @@ def test_planted_faults_fit_the_sources():
     assert len(patches) >= 60 and not [
         p.stem for p in patches if subprocess.run([*dry, p], capture_output=True).returncode
     ]
+
+
+def test_a_planted_fault_is_taken_back(tmp_path, monkeypatch):
+    """Source and compiled library: the next fault, in Python, runs on kernels without any."""
+    patch = next((Path(__file__).parent / "mutants" / "dynamic_conv2d").glob("grad-x-not-flipped.patch"))
+    header, library = "csrc/dynamic_conv2d/dynamic_conv2d.h", tmp_path / "fss_kernels" / "_fss_cpu.so"
+    for path, content in ((tmp_path / header, (mutants.ROOT / header).read_bytes()), (library, b"built")):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    seen = []
+    monkeypatch.setattr(mutants, "build", lambda copy: library.write_bytes(b"faulty"))
+    monkeypatch.setattr(mutants, "failure", lambda copy, call: seen.append((library.read_bytes(), call)) or "a test")
+    before = (tmp_path / header).read_text()
+    assert mutants.catch(patch, tmp_path) == "a test" and seen[0][0] == b"faulty"
+    assert library.read_bytes() == b"built" and (tmp_path / header).read_text() == before
 
 
 def test_long_runs_are_counted(tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,25 @@ import sanitize_cores
 pytestmark = pytest.mark.slow
 
 
+ISA = "avx2" if "avx2" in _library.supported_isas() else "generic"
+PLANTED = sanitize_cores.ROOT / "tests" / "mutants"
+
+
+@pytest.mark.parametrize("sanitizer", sanitize_cores.CASES)
 @pytest.mark.parametrize("op", sanitize_cores.OPS)
-def test_core_under_sanitizers(op, tmp_path):
-    """Bounds, undefined behaviour, unwritten results, values; bfloat16 takes every path but float64's."""
-    isa = "avx2" if "avx2" in _library.supported_isas() else "generic"
-    program = sanitize_cores.build(op, isa, "address,undefined", tmp_path, types="bfloat16")
+def test_core_under_sanitizers(op, sanitizer, tmp_path):
+    """Bounds, undefined behaviour, unwritten results, values, data races; bfloat16 takes every path but float64's."""
+    program = sanitize_cores.build(op, ISA, sanitizer, tmp_path, types="bfloat16")
     failure = sanitize_cores.fuzz(program, seed=0, first=0, count=60)
     assert failure is None, failure
+
+
+@pytest.mark.parametrize("fault", ["dynamic_conv2d/channels-past-the-end-written"])
+def test_the_fuzzer_finds_a_planted_fault(fault, tmp_path):
+    shutil.copytree(sanitize_cores.ROOT / "csrc", tmp_path / "csrc")
+    subprocess.run(["patch", "-p1", "-s", "-F0", "-d", tmp_path, "-i", PLANTED / f"{fault}.patch"], check=True)
+    program = sanitize_cores.build(fault.partition("/")[0], ISA, "address,undefined", tmp_path, "bfloat16", tmp_path)
+    assert sanitize_cores.fuzz(program, seed=0, first=0, count=60) is not None
 
 
 def test_every_core_is_fuzzed():

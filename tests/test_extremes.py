@@ -9,6 +9,8 @@ from fss_kernels import testing
 
 # Triton only in a process of the interpreter, which takes minutes
 EACH = [pytest.param(s, b, marks=pytest.mark.slow if b == "triton" else ()) for s, b in BACKENDS]
+SLOW = [pytest.param("triton", marks=pytest.mark.slow)] if "triton" in {b for _, b in BACKENDS} else []
+BY_NAME = ["reference", "cpp", *SLOW]
 LARGEST = 65504.0
 OVERFLOW = 65520.0  # rounds to infinity
 
@@ -103,7 +105,7 @@ def test_short_vectors_without_eps(spec, backend, dtype, of_values, of_gradients
 
 
 @pytest.mark.parametrize("exponent", [-120, -126, -140, -146])
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BY_NAME)
 def test_pool_under_subnormal_weights(backend, exponent):
     """Without eps a mean does not change with the scale of the mask."""
     x = integers(2, 19, 5, 6, channels=1).float()
@@ -115,7 +117,7 @@ def test_pool_under_subnormal_weights(backend, exponent):
 
 
 @pytest.mark.parametrize("exponent", [-126, -140, -149])
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BY_NAME)
 def test_pool_of_subnormal_features(backend, exponent):
     """To the last subnormal bit but one."""
     x, mask = integers(2, 19, 5, 6, channels=1), integers(2, 2, 5, 6, channels=1).abs()
@@ -127,14 +129,14 @@ def test_pool_of_subnormal_features(backend, exponent):
 
 
 @pytest.mark.parametrize("dtype, of_x, of_kernel", [(torch.float32, -140, 100), (torch.float16, -24, 10)], ids=ids)
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", BY_NAME)
 def test_convolution_of_subnormal_values(backend, dtype, of_x, of_kernel):
     """Products that are normal again: exact, and so are the gradients."""
     x, kernel = integers(2, 19, 5, 6, channels=1), integers(2, 19, 3, 3, channels=1)
 
     def run(to, of_x, of_kernel):
         leaves = [(x * 2.0**of_x).to(to).requires_grad_(), (kernel * 2.0**of_kernel).to(to).requires_grad_()]
-        with fss_kernels.use_backend(backend):
+        with fss_kernels.use_backend(backend if to == dtype else "reference"):
             out = fss_kernels.dynamic_conv2d(*leaves)
         return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
 

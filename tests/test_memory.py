@@ -33,6 +33,28 @@ def test_peak_is_the_stated_scratch_memory(spec, dtype, layout):
         assert extra <= 1.05 * stated + indices + SLACK, sample.id
 
 
+@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")], ids=ids)
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_gradients_take_as_much_again(spec, dtype, layout):
+    """Forward and backward: beside results and gradients twice the scratch of a forward, and the results' gradients in
+    another layout at most."""
+    own = (s for sp, s in SAMPLES if sp is spec)
+    for sample in sorted(own, key=lambda s: spec.scratch_bytes(s, dtype))[-2:]:
+        tensors = spec.cast(sample, dtype)
+        tensors |= {n: testing.LAYOUTS[layout](tensors[n]) for n in spec.features if n in tensors}
+        names = testing.differentiable_names(spec, tensors)
+        results = measure.nbytes(measure.flat(spec.function(*tensors.values(), **sample.options)))
+        extra = measure.extra_bytes(lambda t=tensors, o=sample.options, n=names: gradients(spec, t, o, n))
+        assert extra <= 2 * results + 2.05 * spec.scratch_bytes(sample, dtype) + SLACK, sample.id
+
+
+def gradients(spec, tensors, options, names):
+    """The gradients of a call, with its results as theirs."""
+    leaves = {n: t.detach().requires_grad_() if n in names else t for n, t in tensors.items()}
+    results = [r for r in measure.flat(spec.function(*leaves.values(), **options)) if r.requires_grad]
+    return torch.autograd.grad(results, [leaves[n] for n in names], [r.detach() for r in results])
+
+
 class Heap(ctypes.Structure):
     """struct mallinfo2 of malloc.h."""
 

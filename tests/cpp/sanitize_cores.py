@@ -20,7 +20,7 @@ CORES = Path(__file__).with_name("cores")
 PROGRAMS = ROOT / "build" / "sanitize"
 OPS = sorted(path.stem for path in CORES.glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
-FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/common'}"]
+FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Scratch that a core allocates itself starts as NaN; a failure ends in SIGABRT, at which a program prints its case.
 OPTIONS = {
     "ASAN_OPTIONS": "abort_on_error=1:max_malloc_fill_size=1000000000:malloc_fill_byte=255",
@@ -32,15 +32,15 @@ SECONDS = 600  # for all cases of one program; they take a minute or two
 CASES = {"address,undefined": 2000, "thread": 1000}
 
 
-def build(op: str, isa: str, sanitizer: str, directory: Path = PROGRAMS, types: str = TYPES) -> Path:
-    """The fuzzer of one op for one instruction set."""
+def build(op: str, isa: str, sanitizer: str, directory: Path = PROGRAMS, types: str = TYPES, root: Path = ROOT) -> Path:
+    """The fuzzer of one op for one instruction set, of the cores under ``root``."""
     program = directory / f"{op}-{isa}-{sanitizer.split(',')[0]}"
-    sources = [*ROOT.glob("csrc/**/*.h"), *CORES.iterdir()]
+    sources = [*root.glob("csrc/**/*.h"), *CORES.iterdir()]
     if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         return program
     directory.mkdir(parents=True, exist_ok=True)
-    macros = [f"-DFUZZ_ISA={isa}", f"-DFUZZ_TYPES={types}"]
-    command = ["c++", *FLAGS, f"-fsanitize={sanitizer}", *macros, CORES / f"{op}.cpp", "-o", program]
+    own = [f"-DFUZZ_ISA={isa}", f"-DFUZZ_TYPES={types}", f"-I{root / 'csrc'}", f"-I{root / 'csrc' / 'common'}"]
+    command = ["c++", *FLAGS, f"-fsanitize={sanitizer}", *own, CORES / f"{op}.cpp", "-o", program]
     subprocess.run([*map(str, command)], check=True)
     return program
 

@@ -129,8 +129,7 @@ def test_layouts(name, layout):
     model, changed = small(name, torch.float64), Episode(*map(testing.LAYOUTS[layout], e))
     assert {t.is_contiguous() for t in changed} == {layout == "offset"} or layout.startswith("channels_last")
     plain = Episode(*(t.contiguous() for t in changed))
-    for got, want in zip(results(model, changed)[:2], results(model, plain)[:2], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(results(model, changed), results(model, plain), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -187,9 +186,9 @@ def test_calls_leave_nothing_behind(name):
         call()
     known = visible()
     before = held()
-    for _ in range(300):
+    for _ in range(1000):
         call()
-    assert held() - before < 16 * 300  # the smallest block is of 32 bytes
+    assert held() - before < 16 * 1000  # the smallest block is of 32 bytes
     ids_of_known = {id(t) for t in known}
     assert not [t.shape for t in visible() if id(t) not in ids_of_known]
 

@@ -34,7 +34,7 @@ from fss_models.data.files import read_binary, read_image, read_labels, read_whi
 from fss_models.data.sources import fss_source, labelled_source
 from fss_models.errors import UserError
 from fss_models.evaluate import EvalConfig, evaluate
-from fss_models.train import train
+from fss_models.train import _COLUMNS, _Log, train
 
 fuzzed = settings(
     max_examples=200, deadline=None, derandomize=True, database=None,
@@ -380,6 +380,21 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+CELLS = st.sampled_from([b"2", b"0.5", b"-1", b"", b"x", b"\xff", b"\0", b'"', b"1e9", b"9" * 5000, b",", b"step"])
+
+
+@given(rows=st.lists(st.lists(CELLS, max_size=9).map(b",".join) | st.binary(max_size=40), max_size=4))
+@fuzzed
+def test_any_bytes_as_the_log_of_a_run(tmp_path: Path, rows: list[bytes]) -> None:
+    """What cannot be gone on with is left as it is."""
+    path, header = tmp_path / "log.csv", ",".join(_COLUMNS).encode()
+    before = b"\n".join([header, *rows])
+    path.write_bytes(before)
+    refuses(lambda: _Log(Config(out=str(tmp_path), tensorboard=False), 3), "log.csv", required=False)
+    after = path.read_bytes()
+    assert after == before or after.startswith(header)
+
+
 @given(lines=st.lists(LINES, max_size=4))
 @fuzzed
 def test_any_bytes_as_a_list(roots: Path, tmp_path: Path, lines: list[bytes]) -> None:
@@ -391,7 +406,7 @@ def test_any_bytes_as_a_list(roots: Path, tmp_path: Path, lines: list[bytes]) ->
         for items in found.classes.values():
             for item in items:
                 for name in (item.image, item.label):
-                    assert os.path.realpath(found.root / name.replace("\0", "")).startswith(str(found.root))
+                    assert os.path.realpath(found.root / name.replace("\0", "")).startswith(f"{found.root}/")
                 refuses(lambda item=item: found.read(item, 1), str(found.root), required=False)
 
     refuses(lambda: read(lambda: labelled_source("pascal", roots / "voc", path, range(1, 21))), "", required=False)

@@ -81,6 +81,7 @@ def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
     """The id of the first test that fails on the mutant, or None; tests that are ``likely`` to catch it go first."""
     faulty = copy / first_line(patch).removeprefix("--- a/")
     source = faulty.read_bytes()  # taken back, a patch may find another place to undo
+    libraries = {path: path.read_bytes() for path in copy.glob("fss_kernels/*.so")}
     subprocess.run(["patch", "-p1", "-s", "-F0", "-i", patch], cwd=copy, check=True)
     try:
         op, only = patch.parent.name, only_tests(patch)
@@ -97,6 +98,8 @@ def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
         return next((found for call in calls if (found := failure(copy, call))), None)
     finally:
         faulty.write_bytes(source)
+        for path, library in libraries.items():  # or faults in Python would run on the last one's kernels
+            path.write_bytes(library)
 
 
 def first_line(patch: Path) -> str:
@@ -166,7 +169,8 @@ class Score:
         self.whole = len(planted)
         self.known: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
         run: dict[str, Any] = known.get("environment", {})
-        ops = {p.parent.name for p in patches} if run.get("clean") else set()
+        known_good = run.get("clean") and environment.unchanged(run["commit"], "tests/mutants/run.py")
+        ops = {p.parent.name for p in patches} if known_good else set()
         ops = {op for op in ops if environment.unchanged(run["commit"], *sources(op))}
         same = {name(p) for p in patches if p.parent.name in ops and environment.unchanged(run["commit"], str(p))}
         self.faults: dict[str, str | None] = {k: v for k, v in self.known.items() if v and k in same}
