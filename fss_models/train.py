@@ -128,7 +128,8 @@ class _Log:
         if start and self.path.exists():
             try:
                 with open(self.path, newline="") as file:
-                    complete = (row for row in csv.DictReader(file) if all(row.get(c) for c in _COLUMNS))
+                    rows = ({c: row.get(c) or "" for c in _COLUMNS} for row in csv.DictReader(file))
+                    complete = (row for row in rows if all(row.values()))
                     kept = [row for row in complete if int(row["step"]) <= start]
             except (ValueError, csv.Error) as error:
                 raise UserError(
