@@ -17,42 +17,48 @@ SLACK = 1280  # 20 small tensors, rounded up to 64 bytes each
 COMPILED = [pytest.param(s, b, id=f"{s.name}-{b}") for s, b in BACKENDS if b != "reference"]
 
 
-@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")], ids=ids)
-@pytest.mark.parametrize("spec", SPECS, ids=ids)
-def test_peak_is_the_stated_scratch_memory(spec, dtype, layout):
-    """Of the samples that need most of it."""
+each_call = pytest.mark.parametrize(
+    "dtype, layout", [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")], ids=ids
+)
+
+
+def hungry(spec, dtype, layout):
+    """The two samples with most scratch memory, and their tensors."""
     own = (s for sp, s in SAMPLES if sp is spec)
     for sample in sorted(own, key=lambda s: spec.scratch_bytes(s, dtype))[-2:]:
+        tensors = spec.cast(sample, dtype)
+        yield sample, tensors | {n: testing.LAYOUTS[layout](tensors[n]) for n in spec.features if n in tensors}
+
+
+@each_call
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_peak_is_the_stated_scratch_memory(spec, dtype, layout):
+    for sample, tensors in hungry(spec, dtype, layout):
         stated = spec.scratch_bytes(sample, dtype)
         assert stated > SLACK
-        tensors = spec.cast(sample, dtype)
-        tensors |= {n: testing.LAYOUTS[layout](tensors[n]) for n in spec.features if n in tensors}
         results = spec.op.fwd(*spec.arguments(*tensors.values(), **sample.options))[spec.op.outputs :]
         indices = measure.nbytes(results[: spec.op.returned])  # results as well, which `function` leaves out
         extra = measure.extra_bytes(lambda t=tensors, o=sample.options: spec.function(*t.values(), **o))
         assert extra <= 1.05 * stated + indices + SLACK, sample.id
 
 
-@pytest.mark.parametrize("dtype, layout", [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")], ids=ids)
+@each_call
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
 def test_gradients_take_as_much_again(spec, dtype, layout):
     """Forward and backward: beside results and gradients twice the scratch of a forward, and the results' gradients in
     another layout at most."""
-    own = (s for sp, s in SAMPLES if sp is spec)
-    for sample in sorted(own, key=lambda s: spec.scratch_bytes(s, dtype))[-2:]:
-        tensors = spec.cast(sample, dtype)
-        tensors |= {n: testing.LAYOUTS[layout](tensors[n]) for n in spec.features if n in tensors}
+    for sample, tensors in hungry(spec, dtype, layout):
         names = testing.differentiable_names(spec, tensors)
         results = measure.nbytes(measure.flat(spec.function(*tensors.values(), **sample.options)))
         extra = measure.extra_bytes(lambda t=tensors, o=sample.options, n=names: gradients(spec, t, o, n))
         assert extra <= 2 * results + 2.05 * spec.scratch_bytes(sample, dtype) + SLACK, sample.id
 
 
-def gradients(spec, tensors, options, names):
+def gradients(spec, tensors, options, names, **how):
     """The gradients of a call, with its results as theirs."""
     leaves = {n: t.detach().requires_grad_() if n in names else t for n, t in tensors.items()}
     results = [r for r in measure.flat(spec.function(*leaves.values(), **options)) if r.requires_grad]
-    return torch.autograd.grad(results, [leaves[n] for n in names], [r.detach() for r in results])
+    return torch.autograd.grad(results, [leaves[n] for n in names], [r.detach() for r in results], **how)
 
 
 class Heap(ctypes.Structure):
@@ -110,13 +116,7 @@ def second(spec: testing.Spec) -> Callable[[], object]:
     sample, tensors = smallest(spec)
     names = testing.differentiable_names(spec, tensors)
 
-    def call():
-        leaves = [tensors[n].detach().requires_grad_() for n in names]
-        outputs = spec.function(*{**tensors, **dict(zip(names, leaves, strict=True))}.values(), **sample.options)
-        outputs = [o for o in measure.flat(outputs) if o.is_floating_point()]
-        return torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs], create_graph=True)
-
-    return call
+    return lambda: gradients(spec, tensors, sample.options, names, create_graph=True)
 
 
 def refused(spec: testing.Spec) -> Callable[[], object]:
