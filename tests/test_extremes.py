@@ -1,8 +1,11 @@
 """The ends of the dtypes: float16 at 65504, subnormal inputs, NaN and Inf."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import BACKENDS, SMALL, ids
+from test_offsets import thorough
 
 import fss_kernels
 from fss_kernels import testing
@@ -53,6 +56,28 @@ def test_float16_at_65504(spec, backend, layout):
                     check_half(a, want, plain, direction, f"{spec.name}[{sample.id}] {direction}")
                     overflows += int(a.isinf().sum())
     assert (overflows > 0) == (spec.name == "dynamic_conv2d")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30])
+@pytest.mark.parametrize("spec, backend", EACH, ids=ids)
+def test_not_finite_where_the_reference_is_not(spec, backend, bad):
+    """One such value in each tensor in turn: NaN and Inf where the reference has them, and no other result changes.
+    Where a square of 1e30 leaves float32, the right result is as good as NaN."""
+    sample = thorough(spec)
+    clean = spec.cast(sample, torch.float32)
+    reached = 0
+    for name, position in itertools.product(spec.features, (0, -1)):
+        tensors = clean | {name: clean[name].clone()}
+        tensors[name].view(-1)[position] = bad
+        wide = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+        wanted, exact = (testing.gradients(spec.reference, t, sample.options, [])[0] for t in (tensors, wide))
+        with fss_kernels.use_backend(backend):
+            outputs, _ = testing.gradients(spec.function, tensors, sample.options, [])
+        for got, want, right in zip(outputs, wanted, exact, strict=True):
+            alike = torch.where(want.isnan() & ~got.isnan(), right.float(), want)
+            torch.testing.assert_close(got, alike, rtol=1e-5, atol=1e-5, equal_nan=True)
+            reached += int((~want.isfinite()).sum())
+    assert reached or bad == 1e30
 
 
 # dtype and exponents: of the largest entries whose squares are subnormal, and of the least whose gradients are not lost
