@@ -14,6 +14,7 @@ from fss_kernels import testing
 EACH = [pytest.param(s, b, marks=pytest.mark.slow if b == "triton" else ()) for s, b in BACKENDS]
 SLOW = [pytest.param("triton", marks=pytest.mark.slow)] if "triton" in {b for _, b in BACKENDS} else []
 BY_NAME = ["reference", "cpp", *SLOW]
+BAD = [float("nan"), float("inf"), float("-inf"), 1e30]
 LARGEST = 65504.0
 OVERFLOW = 65520.0  # rounds to infinity
 
@@ -58,7 +59,7 @@ def test_float16_at_65504(spec, backend, layout):
     assert (overflows > 0) == (spec.name == "dynamic_conv2d")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e30])
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("spec, backend", EACH, ids=ids)
 def test_not_finite_where_the_reference_is_not(spec, backend, bad):
     """One such value in each tensor in turn: NaN and Inf where the reference has them, and no other result changes.

@@ -4,7 +4,8 @@
 
 Builds csrc/<op>/<op>_cuda.cu with the C++ compiler and the headers of cuda_emulator/, registers it as a backend of this
 process and evaluates the op's samples. Every case runs in three orders of the threads and has to give the same bits.
-With --few a sample runs in one dtype and layout, in turn, up to the first failure: half a minute an op.
+Then what tests/ asks of every backend at the ends: values that are not finite, float16 at 65504, strides past 2^31.
+With --few a sample runs in one dtype and layout, in turn, up to the first failure: a minute an op.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from tqdm.auto import tqdm
 from fss_kernels import _library, testing
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+import test_extremes  # noqa: E402
+import test_offsets  # noqa: E402
+
 EMULATOR = Path(__file__).with_name("cuda_emulator")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "offset", "sliced", "channels_last_sliced")
@@ -52,6 +57,24 @@ def build(op: str, directory: Path) -> Path:
     command += [f"-L{torch_libraries}", "-ltorch_cpu", "-ltorch", "-lc10", f"-Wl,-rpath,{torch_libraries}"]
     subprocess.run([*map(str, command)], check=True)
     return library
+
+
+def ends(spec: testing.Spec, few: bool) -> list[str]:
+    """The failures of the "cuda" backend in tests that are there for every one."""
+    distant = [far for far in test_offsets.FAR if far[0] is spec]
+    calls = [
+        *((test_extremes.test_not_finite_where_the_reference_is_not, spec, "cuda", bad) for bad in test_extremes.BAD),
+        *((test_extremes.test_float16_at_65504, spec, "cuda", layout) for layout in LAYOUTS[:2]),
+        *((test_offsets.test_strides_past_2_31_of_every_op, *far) for far in distant[:: 4 if few else 1]),
+    ]
+    failures = []
+    for test, *arguments in tqdm(calls, desc=f"{spec.name}, ends"):
+        try:
+            with _library.use_backend("cuda"):
+                test(*arguments)
+        except AssertionError as error:
+            failures.append(f"{test.__name__}{arguments[1:]}: {error}")
+    return failures
 
 
 def emulate(spec: testing.Spec, library: Path, few: bool = False) -> list[str]:
@@ -86,7 +109,9 @@ def emulate(spec: testing.Spec, library: Path, few: bool = False) -> list[str]:
             order(other)
             if not all(torch.equal(a, b) for a, b in zip(first, results(sample, dtype, layout), strict=True)):
                 failures.append(f"{spec.name}[{sample.id}] {dtype} {layout}: depends on the order of the threads")
-    print(f"{spec.name}: {len(cases)} cases, {len(failures)} failures")
+    order(0)
+    failures += ends(spec, few)
+    print(f"{spec.name}: {len(cases)} cases and the ends, {len(failures)} failures")
     return failures
 
 
