@@ -450,12 +450,12 @@ void gradients(const Args& a, int64_t begin, int64_t end) {
         for (int64_t strip = 0; strip < strips; ++strip) {
           A* to = sums.data + c * block + strip * W;
           panels::Tile<A> tile{};
-          if (started) {
+          panels::multiply<A>(left + c * other.pixels + k * R, right.data + strip * W * kDepthBlock, depth, tile);
+          if (started) {  // after the products: chains of kDepthBlock additions, then one a block
             for (int r = 0; r < R; ++r) {
-              for (int v = 0; v < V; ++v) tile.at[r][v] = load(to + r * block + v * L);
+              for (int v = 0; v < V; ++v) tile.at[r][v] += load(to + r * block + v * L);
             }
           }
-          panels::multiply<A>(left + c * other.pixels + k * R, right.data + strip * W * kDepthBlock, depth, tile);
           for (int r = 0; r < R; ++r) {
             for (int v = 0; v < V; ++v) store(to + r * block + v * L, tile.at[r][v]);
           }

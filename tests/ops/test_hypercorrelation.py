@@ -494,3 +494,16 @@ def test_pyramid_module_and_signature():
     names = {n: p.default for n, p in inspect.signature(hypercorrelation_pyramid).parameters.items()}
     needed = dict.fromkeys(("queries", "supports", "levels"), inspect.Parameter.empty)
     assert names == {**needed, "mask": None, "eps": 1e-5, "eps_mode": "add", "clamp": True}
+
+
+def test_gradients_of_many_pixels(backend):
+    """Sums over 3,600 pixels of the other side, all of one sign: no worse than PyTorch's products of matrices."""
+    x = torch.randn(2, 1, 16, 60, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.6
+    results = []
+    for dtype, run in ((torch.float32, backend), (torch.float64, "reference")):
+        leaves = [t.to(dtype).requires_grad_() for t in x]
+        with fss_kernels.use_backend(run):
+            out = hypercorrelation(*leaves, clamp=False)
+        results.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 2.0**-20 * wanted.abs().max()
