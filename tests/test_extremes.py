@@ -62,7 +62,7 @@ def test_float16_at_65504(spec, backend, layout):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("spec, backend", EACH, ids=ids)
 def test_not_finite_where_the_reference_is_not(spec, backend, bad):
-    """One such value in each tensor in turn: NaN and Inf where the reference has them, and no other result changes.
+    """One such value in each feature in turn: NaN and Inf where the reference has them, and no other result changes.
     Where a square of 1e30 leaves float32, the right result is as good as NaN."""
     sample = thorough(spec)
     clean = spec.cast(sample, torch.float32)
