@@ -53,11 +53,16 @@ def machine_slug() -> str:
 
 
 def sources(*ops: str) -> list[str]:
-    """What the kernels in these folders of ops are made of, or all kernels, as git names paths: other ops that none
-    imports are left out."""
+    """What the kernels in these folders of ops are made of, or all kernels, as git names paths: ops that these do not
+    import, directly or through others, are left out."""
     modules = [*ROOT.glob("fss_kernels/ops/*/*.py")]
-    imported = {p: re.findall(r"^from fss_kernels\.ops\.(\w+)", p.read_text(), re.MULTILINE) for p in modules}
-    needed = {*ops} | {op for p, found in imported.items() for op in found if op != p.parent.name}
+    needed, found = {*ops}, [*ops]
+    while found:
+        op = found.pop()
+        text = "\n".join(p.read_text() for p in modules if p.parent.name == op)
+        new = {*re.findall(r"^from fss_kernels\.ops\.(\w+)", text, re.MULTILINE)} - needed
+        needed |= new
+        found += new
     others = sorted({p.parent.name for p in modules} - needed) if ops else []
     return ["csrc", "fss_kernels", ":(exclude)*.md", *(f":(exclude){at}/{o}" for o in others for at in FOLDERS)]
 

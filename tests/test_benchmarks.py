@@ -620,14 +620,15 @@ def test_environment_names_commit_and_tree():
 
 
 def test_only_what_the_change_concerns_is_measured_again(tmp_path, monkeypatch, capsys):
-    """Of three ops `convolution` is alone and `pooling` is imported by `cosine`."""
+    """Of four ops `convolution` is alone, and `cosine` imports `pooling`, which imports `resizing`."""
     monkeypatch.setattr(environment, "ROOT", tmp_path)
-    for op in ("convolution", "pooling", "cosine"):
+    for op in ("convolution", "resizing", "pooling", "cosine"):
         for folder in environment.FOLDERS:
             (tmp_path / folder / op).mkdir(parents=True)
         (tmp_path / "csrc" / op / "kernel.cpp").write_text("// first\n")
         (tmp_path / "fss_kernels" / "ops" / op / "op.py").write_text("import torch\n")
     (tmp_path / "fss_kernels/ops/cosine/op.py").write_text("from fss_kernels.ops.pooling import op\n")
+    (tmp_path / "fss_kernels/ops/pooling/op.py").write_text("from fss_kernels.ops.resizing import op\n")
     (tmp_path / "setup.py").write_text("# first\n")
 
     def git(*arguments: str) -> str:
@@ -640,27 +641,29 @@ def test_only_what_the_change_concerns_is_measured_again(tmp_path, monkeypatch, 
     file, plan = tmp_path / "results.json", {"ops": ("cosine",), "rounds": 7}
     env = {"clean": True, "commit": git("rev-parse", "HEAD"), "torch": torch.__version__}
 
-    def ran(**change) -> bool:
+    def ran(op="cosine", **change) -> bool:
         content = {"environment": env, "plan": plan} | change
         environment.write_json(file, content)
-        return environment.measured(file, plan, *environment.sources("cosine"))
+        return environment.measured(file, plan, *environment.sources(op))
 
     assert not environment.measured(file, plan) and ran() and "measured already" in capsys.readouterr().out
     assert not ran(plan={**plan, "rounds": 8})
     assert not ran(environment={**env, "clean": False}) and not ran(environment={**env, "torch": "1.0"})
     assert not ran(environment={**env, "commit": "0" * 40})
-    for changed, same in (
-        ("csrc/convolution/kernel.cpp", True),
-        ("fss_kernels/ops/pooling/README.md", True),
-        ("csrc/pooling/kernel.cpp", False),
-        ("csrc/cosine/kernel.cpp", False),
-        ("fss_kernels/nn.py", False),
-        ("setup.py", False),
+    for changed, same, imported_same in (
+        ("csrc/convolution/kernel.cpp", True, True),
+        ("fss_kernels/ops/pooling/README.md", True, True),
+        ("csrc/resizing/kernel.cpp", False, False),
+        ("csrc/pooling/kernel.cpp", False, True),
+        ("csrc/cosine/kernel.cpp", False, True),
+        ("fss_kernels/nn.py", False, False),
+        ("setup.py", False, False),
     ):
         (tmp_path / changed).write_text("// second\n")
         git("add", "-A")
         git("commit", "-qm", changed)
         assert ran() is same, changed
+        assert ran("resizing") is imported_same, changed
         git("reset", "-q", "--hard", "HEAD~1")
 
 
