@@ -68,7 +68,7 @@ fuzz: .venv/installed
 bench: .venv/peers
 	$(PY) -m benchmarks run --resume
 	$(PY) -m benchmarks run --resume --sweep --rounds 4
-	$(PY) -m benchmarks.models --resume
+	$(PY) -m benchmarks.models --resume true
 	$(PY) -m benchmarks overhead --resume
 	$(PY) -m benchmarks.glyphs run
 	$(PY) -m benchmarks readme

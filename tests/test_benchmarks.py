@@ -667,6 +667,16 @@ def test_only_what_the_change_concerns_is_measured_again(tmp_path, monkeypatch, 
         git("reset", "-q", "--hard", "HEAD~1")
 
 
+def test_the_commands_of_make_bench_are_understood():
+    recipe = re.search(r"^bench:.*\n((?:\t.*\n)+)", (environment.ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
+    commands = re.findall(r"^\t\$\(PY\) (-m .*)", recipe, re.MULTILINE)
+    assert len(commands) == recipe.count("\n") > 0
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": environment.ROOT}
+    calls = [subprocess.Popen([sys.executable, *c.split(), "--help"], **pipes) for c in commands]
+    for c, call in zip(commands, calls, strict=True):
+        assert (call.communicate()[1], call.returncode) == ("", 0), c
+
+
 def line(metric: str, bound: float, results: dict, key: str = "at_least") -> dict:
     row = {k: results["rows"][0][k] for k in ("op", "size", "dtype", "mode")}
     return {**row, "metric": metric, key: bound, "level": "must", "issue": "a line"}
