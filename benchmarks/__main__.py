@@ -319,7 +319,7 @@ def gate(ops: list[str] = (), slowed: int = 1, update: bool = False, repeat: int
     Args:
         ops: names of ops; all of them when none is given
         slowed: how often an op is called in place of once, to see the gate fail
-        update: write the ratios as this machine's new baseline
+        update: write the ratios as this machine's new baseline, their medians with ``repeat``
         repeat: how often to do it all
     """
     from benchmarks import gate as regression
@@ -328,12 +328,15 @@ def gate(ops: list[str] = (), slowed: int = 1, update: bool = False, repeat: int
         command = [sys.executable, "-m", "benchmarks", "gate", *ops, "--slowed", str(slowed), "--repeat", str(repeat)]
         command += ["--update"] if update else []
         return subprocess.run(command, cwd=environment.ROOT, env=_fixed_environment()).returncode
-    failed = 0
+    failed, found = 0, []
     for _ in range(repeat):
-        outcomes = regression.run(tuple(ops) or tuple(testing.specs()), slowed, update)
+        outcomes = regression.run(tuple(ops) or tuple(testing.specs()), slowed, not update)
         for outcome in outcomes:
             _say(str(outcome))
         failed += any(o.failed for o in outcomes)
+        found += outcomes
+    if update:
+        regression.update(found)
     _say(f"gate: {repeat - failed} of {repeat} passed")
     return int(failed > 0)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,25 @@ def measure_row(row: measure.Row, baseline: float | None, slowed: int = 1, round
     return outcome
 
 
-def run(ops: tuple[str, ...], slowed: int = 1, update: bool = False) -> list[Outcome]:
-    """Every op and mode against the baseline of this machine; ``update`` writes the ratios as the new baseline."""
+def run(ops: tuple[str, ...], slowed: int = 1, judge: bool = True) -> list[Outcome]:
+    """Every op and mode against the baseline of this machine, or none unless ``judge``."""
     torch.set_num_threads(environment.cores())
-    machines = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-    mine = machines.setdefault(environment.machine_slug(), {})
-    outcomes = [measure_row(row, None if update else mine.get(row.id), slowed) for row in rows(ops)]
-    if update:
-        mine |= {o.row: round(o.ratio, 4) for o in outcomes}
-        environment.write_json(BASELINE, machines)
-    return outcomes
+    mine = _machines().get(environment.machine_slug(), {})
+    return [measure_row(row, mine.get(row.id) if judge else None, slowed) for row in rows(ops)]
+
+
+def update(outcomes: Iterable[Outcome]) -> None:
+    """Writes the median ratio of each row as the baseline of this machine: one run may have had a busy neighbour."""
+    ratios: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        ratios.setdefault(outcome.row, []).append(outcome.ratio)
+    machines = _machines()
+    machines.setdefault(environment.machine_slug(), {}).update(
+        {row: round(statistics.median(r), 4) for row, r in ratios.items()}
+    )
+    environment.write_json(BASELINE, machines)
+
+
+def _machines() -> dict[str, dict[str, float]]:
+    machines: dict[str, dict[str, float]] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    return machines

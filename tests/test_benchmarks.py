@@ -427,6 +427,18 @@ def test_the_gate_fails_a_kernel_that_is_slowed_down():
     assert gate.stand_in(SimpleNamespace(cost=testing.Cost(bytes=1, flops=100)))[0] == "torch.mm"
 
 
+def test_the_baseline_of_the_gate_is_the_median_of_its_repeats(monkeypatch, tmp_path):
+    baseline = tmp_path / "gate.json"
+    baseline.write_text('{"other machine": {"a": 1.0}}')
+    monkeypatch.setattr(gate, "BASELINE", baseline)
+    gate.update([gate.Outcome("a", "x.sum()", 9.0, None)])
+    gate.update([gate.Outcome(row, "x.sum()", ratio, None) for row, ratio in (("a", 7), ("b", 5), ("a", 3), ("a", 2))])
+    assert json.loads(baseline.read_text()) == {
+        "other machine": {"a": 1.0},
+        environment.machine_slug(): {"a": 3, "b": 5},
+    }
+
+
 @pytest.mark.parametrize("neighbour", [0.0, 0.5], ids=["quiet", "busy"])
 def test_the_gate_tells_twice_from_once(monkeypatch, neighbour):
     """On a clock that calls move: 20 repeats pass, and every one with two calls in place of one fails. A busy neighbour
