@@ -110,12 +110,12 @@ lint: .venv/installed
 	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cpp/cores/*)
 
 # On a machine with a GPU and no network there is no .venv: its own Python, and the wheels carried to it.
-GPU_PY := $(if $(wildcard .venv/installed),$(PY),$(PYTHON))
+GPU_PY := $(if $(DRY)$(wildcard .venv/installed),$(PY),$(PYTHON))
 GPU_WHEELS := $(wildcard gpu-wheels/*.whl)
 STAGE ?= core
 
 # make gpu OUT=folder STAGE=build-test|core|peers|models; DRY=1 runs the code path of every stage on a CPU.
-gpu:
+gpu: $(if $(DRY),.venv/installed)
 	@test -n "$(OUT)$(DRY)" || { echo "usage: make gpu OUT=folder STAGE=build-test|core|peers|models [DRY=1] [RESUME=1]"; exit 2; }
 	$(if $(GPU_WHEELS),$(if $(DRY),,PIP_REQUIRE_VIRTUALENV=0 $(GPU_PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu-site $(GPU_WHEELS)))
 	set -e; for stage in $(if $(DRY),build-test core peers models,$(STAGE)); do \

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import subprocess
 import sys
 import time
 
@@ -40,6 +42,21 @@ def folder(tmp_path_factory):
 def entries(stage: str = "core", ceilings: dict = CEILINGS) -> dict[str, dict]:
     group = gpu_timing.Group(ROW, stage, gpu_timing.Clock(dry=True), ceilings)
     return {e["provider"]: e for e in group.entries()}
+
+
+def test_a_dry_run_needs_nothing_but_a_clone(tmp_path):
+    """Where there is no .venv yet it is made first; on a GPU, without DRY, Python is the machine's own."""
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(environment.ROOT / name, tmp_path)
+    (tmp_path / "csrc").mkdir()
+
+    def commands(*options: str) -> str:
+        call = ["make", "-n", "gpu", *options]
+        return subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    dry, real = commands("DRY=1"), commands("OUT=out", "STAGE=core")
+    assert 0 <= dry.find("-m venv .venv") < dry.find(".venv/bin/python -m benchmarks.gpu")
+    assert " python3 -m benchmarks.gpu" in real and ".venv" not in real
 
 
 def test_stages_meet_in_one_file(folder):
