@@ -63,14 +63,13 @@ fuzz: .venv/installed
 	  FUZZ_RUN=$$run FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
 
-# Every number of the README: ops, networks, host, glyph networks. Hours: what this machine has measured from the same
-# sources is not measured again, nor a network trained that has a result. `check` alone fails on a line that is short.
+# Every number of the README: ops, networks, host. Hours: what this machine has measured from the same sources is not
+# measured again. `check` alone fails on a line that is short.
 bench: .venv/peers
 	$(PY) -m benchmarks run --resume
 	$(PY) -m benchmarks run --resume --sweep --rounds 4
 	$(PY) -m benchmarks.models --resume true
 	$(PY) -m benchmarks overhead --resume
-	$(PY) -m benchmarks.glyphs run
 	$(PY) -m benchmarks readme
 	$(PY) -m benchmarks check --allow-short
 

@@ -351,17 +351,13 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
         out: page to write
         demo: folder that `fss-models demo` wrote, to show its scores and pictures
     """
-    from benchmarks import glyphs
     from benchmarks import overhead as costs
     from benchmarks.report import render
 
-    rows, host = glyphs.cells(), costs.committed()
-    experiment = None
-    if rows:
-        experiment = {"header": glyphs.HEADER, "rows": rows, "curves": glyphs.svg(), "caption": glyphs.caption()}
+    host = costs.committed()
     table = {"header": costs.header(), "rows": costs.cells(host[0])} if host else None
     results = json.loads(Path(file).read_text())
-    environment.write_text(out, render(results, Path(demo) if demo else None, experiment, table, _sweeps()))
+    environment.write_text(out, render(results, Path(demo) if demo else None, table, _sweeps()))
     _say(f"report -> {out}")
     return 0
 
@@ -373,7 +369,7 @@ def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
         check: only compare; exit with 1 on a difference
         root: the folder that holds the README and fss_kernels/ops
     """
-    from benchmarks import glyphs, reliability
+    from benchmarks import reliability
     from benchmarks import overhead as costs
     from benchmarks.report import op_section, readme_section, replace_section
 
@@ -381,7 +377,7 @@ def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
     if not committed:
         _say(f"readme: skipped, no results in {RESULTS}")
         return 0
-    whole = readme_section(committed, glyphs.markdown(), costs.markdown(), _sweeps(), lines)
+    whole = readme_section(committed, costs.markdown(), _sweeps(), lines)
     sections = {Path(root, "README.md"): {"benchmarks": whole, "reliability": reliability.markdown()}}
     for folder, ops in _folders().items():
         path = Path(root, "fss_kernels", "ops", folder, "README.md")

@@ -277,7 +277,6 @@ def plots(results: dict[str, Any]) -> dict[str, str]:
 def render(
     results: dict[str, Any],
     demo: Path | None = None,
-    glyphs: dict[str, Any] | None = None,
     overhead: dict[str, Any] | None = None,
     sweeps: Iterable[dict[str, Any]] = (),
 ) -> str:
@@ -286,7 +285,6 @@ def render(
     Args:
         results: a result file.
         demo: the folder that `fss-models demo` wrote, for its scores and pictures.
-        glyphs: ``header``, ``rows``, ``curves`` and ``caption`` of the glyph experiment.
         overhead: ``header`` and ``rows`` of what a call costs the host.
         sweeps: result files of sweeps, whose plots come with the time against size.
     """
@@ -298,7 +296,7 @@ def render(
         pictures = base64.b64encode((demo / "grid.png").read_bytes()).decode()
     template = _templates().get_template("report.html.j2")
     return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures,
-                           glyphs=glyphs, overhead=overhead,
+                           overhead=overhead,
                            sweeps={k: v for s in sweeps for k, v in sweep_plots(s).items()})  # fmt: skip
 
 
@@ -318,19 +316,18 @@ def _machines(files: list[dict[str, Any]], lines: Iterable[dict[str, Any]]) -> l
 
 def readme_section(
     files: list[dict[str, Any]],
-    glyphs: str = "",
     overhead: str = "",
     sweeps: Iterable[dict[str, Any]] = (),
     lines: Iterable[dict[str, Any]] = (),
 ) -> str:
     """The README's tables, of ops and of networks, one each a machine, of result files that share no op.
 
-    ``glyphs`` and ``overhead``: the tables of the glyph experiment and of what a call costs the host, in Markdown;
-    ``sweeps``: result files of sweeps; ``lines``: promises of targets.toml, of which the short ones are listed.
+    ``overhead``: the table of what a call costs the host, in Markdown; ``sweeps``: result files of sweeps; ``lines``:
+    promises of targets.toml, of which the short ones are listed.
     """
     template = _templates().get_template("readme.md.j2")
     machines = _machines(files, lines)
-    return template.render(machines=machines, glyphs=glyphs, overhead=overhead, sweeps=sweep_table(sweeps))
+    return template.render(machines=machines, overhead=overhead, sweeps=sweep_table(sweeps))
 
 
 def op_section(files: list[dict[str, Any]], ops: Iterable[str], lines: Iterable[dict[str, Any]] = ()) -> str:

@@ -25,7 +25,6 @@ from benchmarks import (
     compare,
     environment,
     gate,
-    glyphs,
     measure,
     models,
     overhead,
@@ -792,7 +791,6 @@ def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, ca
 
 
 def test_report_shows_every_provider(results, tmp_path, monkeypatch):
-    monkeypatch.setattr(glyphs, "RESULTS", tmp_path / "glyphs")
     monkeypatch.setattr(command, "RESULTS", tmp_path / "no-sweeps")
     file, page = tmp_path / "results.json", tmp_path / "page" / "index.html"
     environment.write_json(file, results)
@@ -825,16 +823,6 @@ def test_labels_of_logarithmic_axes(limits, between):
     figure.canvas.draw()
     found = [t.get_text() for t in axes.get_yticklabels(minor=True)]
     assert [t for t in found if t] == between
-
-
-def test_report_shows_the_glyph_experiment(results):
-    """A row a method, and the curves; nothing of it without results."""
-    experiment = {"header": glyphs.HEADER, "rows": [["a method", "12.3 ± 4.5"]], "curves": "<svg>curves</svg>",
-                  "caption": "a machine and a day"}  # fmt: skip
-    html = report.render(results, glyphs=experiment)
-    assert "<td>a method</td><td>12.3 ± 4.5</td>" in html and "<svg>curves</svg>" in html and "FB-IoU, 5 shots" in html
-    assert "a machine and a day" in html
-    assert "FB-IoU, 5 shots" not in report.render(results)
 
 
 def test_report_shows_a_trained_network(results, tmp_path):
