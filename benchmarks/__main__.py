@@ -369,8 +369,8 @@ def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
         check: only compare; exit with 1 on a difference
         root: the folder that holds the README and fss_kernels/ops
     """
-    from benchmarks import reliability
     from benchmarks import overhead as costs
+    from benchmarks import reliability
     from benchmarks.report import op_section, readme_section, replace_section
 
     committed, lines = _newest(), targets.load()

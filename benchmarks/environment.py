@@ -93,7 +93,7 @@ def environment() -> dict[str, Any]:
     """The environment block of a result file."""
     import torch
 
-    from fss_kernels import __version__, _library
+    from fss_kernels import __version__, _loading
 
     commit = output("git", "rev-parse", "HEAD")
     # what git does not track does not count, nor what earlier runs measured
@@ -105,7 +105,7 @@ def environment() -> dict[str, Any]:
             "cores": cores(),
             "threads": torch.get_num_threads(),
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-            "isa": _library.cpu_isa(),
+            "isa": _loading.cpu_isa(),
             "fss_kernels": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),

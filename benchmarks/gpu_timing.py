@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import environment, measure, models, peers
 from benchmarks.gpu import append, lines
-from fss_kernels import _library, testing
+from fss_kernels import _backends, _loading, testing
 from fss_kernels.testing import Cost, Spec
 
 Record = Callable[..., None]
@@ -195,7 +195,7 @@ def _text(error: BaseException) -> str:
 
 def _forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     def call(*tensors: Tensor, **options: Any) -> Any:
-        with _library.use_backend(backend):
+        with _backends.use_backend(backend):
             return function(*tensors, **options)
 
     return call
@@ -207,7 +207,7 @@ def providers(
     """Functions by name, and why others are missing: our backends and, for ``core``, the usual code, eager and
     compiled; for ``peers`` the whole registry and its eager code under max-autotune."""
     found, missing = {}, {}
-    for backend in ("triton", "cuda", "reference") if device == "cuda" else _library.BACKENDS:
+    for backend in ("triton", "cuda", "reference") if device == "cuda" else _loading.BACKENDS:
         reason = spec.op.why_not(backend, device, getattr(torch, row.dtype))
         if reason is None:
             found[f"{measure.OURS}:{backend}"] = _forced(spec.function, backend)
@@ -470,7 +470,7 @@ def network_points(clock: Clock) -> list[Point]:
     plan = network_plan(clock)
     providers = {"default": None, "triton": "triton", "reference": "reference"}
     named = {f"{measure.OURS}:{name}": backend for name, backend in providers.items()}
-    missing = {n: reason for n, b in named.items() if b and (reason := _library.missing(b)) is not None}
+    missing = {n: reason for n, b in named.items() if b and (reason := _loading.missing(b)) is not None}
     usable = {n: b for n, b in named.items() if n not in missing}
 
     def point(name: str, dtype: str, mode: str) -> Point:
@@ -544,7 +544,7 @@ def device_environment(clock: Clock) -> dict[str, Any]:
         gpu["driver"] = environment.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     with contextlib.suppress(ImportError):
         gpu["triton"] = __import__("triton").__version__
-    return {**env, "dry": not clock.cuda, "gpu": gpu, "unavailable": _library.unavailable}
+    return {**env, "dry": not clock.cuda, "gpu": gpu, "unavailable": _loading.unavailable}
 
 
 def run(stage: str, path: Path, dry: bool, seconds: float) -> int:

@@ -33,7 +33,7 @@ import fss_kernels
 import fss_models
 from benchmarks import environment
 from benchmarks.measure import HOPELESS, OURS, Verdict, extra_bytes, flat
-from fss_kernels import _library
+from fss_kernels import _op
 
 NETWORKS: dict[str, dict[str, Any]] = {"dpcn": fss_models.dpcn.PASCAL, "dpnet": {}}  # options of the PASCAL settings
 SMALL: dict[str, dict[str, Any]] = {"dpcn": {"channels": 32}, "dpnet": {"channels": 32, "bins": (6, 3)}}  # with tiny
@@ -265,7 +265,7 @@ def time_in_ops() -> Iterator[dict[str, float]]:
 
         return call
 
-    for name, op in _library.ops.items():
+    for name, op in _op.ops.items():
         for implementation in op.backends.values():
             kept.append((implementation, implementation.forward, implementation.backward))
             implementation.forward, implementation.backward = (timed(name, f) for f in kept[-1][1:])
@@ -337,7 +337,7 @@ def rows(task: Task, plan: Plan, wrong: Mapping[str, str]) -> list[dict[str, Any
             **dict.fromkeys(("peak_resident_bytes", "scratch_bytes", "roof_fraction")),
         }
         if name not in wrong:
-            inside = {op: sum(i.get(op, 0.0) for i in task.inside[name]) for op in sorted(_library.ops)}
+            inside = {op: sum(i.get(op, 0.0) for i in task.inside[name]) for op in sorted(_op.ops)}
             entry |= {
                 "seconds": {"median": medians[name], "min": min(seconds), "max": max(seconds), "all": seconds},
                 "ratio_to_ours": medians[name] / medians[OURS] if OURS in medians else None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fss_kernels import _library
+from fss_kernels import _backends, _loading, _op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FACTOR = {"forward": 2.0, "backward": 3.0}
@@ -71,8 +72,9 @@ class Spec:
     """Everything the generic batteries and the benchmarks need to know of one op."""
 
     name: str
+    signature: str  # of the public function, without annotations
     function: Callable[..., Any]  # public function, with every tensor as an argument of its own
-    op: _library.Op
+    op: _op.Op
     reference: Callable[..., Any]  # differentiable plain PyTorch, same call as `function`: the oracle in float64
     plain: Callable[..., Any]  # the formula as the field writes it, same call: sets the tolerance
     arguments: Callable[..., tuple[Any, ...]]  # the call as positional arguments of the raw forward op
@@ -90,6 +92,11 @@ class Spec:
     base: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     static: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor -> dimensions fixed under torch.compile
+    counted: tuple[str, ...] = ()  # tensors of masks, prototypes or shots: of these (dimension 1) there may be 0
+    channel_dim: dict[str, int] = field(default_factory=dict)  # feature tensor -> its dimension of channels, if not -3
+    # Results that are cosines, with eps=0 and with what this function of a call's options changes in them.
+    cosines: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    indexed: bool = False  # the public function returns every map of scores and then its index; `function` scores alone
 
     def gradients_of(self, mode: str, tensors: Iterable[str]) -> list[str]:
         """Those of the named tensors whose gradients a benchmark mode takes."""
@@ -119,9 +126,9 @@ def disc(batch: int, size: int, share: float) -> Tensor:
 def specs() -> dict[str, Spec]:
     """The spec of every op, by name; a folder of several ops has `SPECS`."""
     found = {}
-    for name, op in _library.ops.items():
-        module = importlib.import_module(f"fss_kernels.ops.{op.folder or name}.spec")
-        found[name] = module.SPECS[name] if op.folder else module.SPEC
+    for name, op in _op.ops.items():
+        module = importlib.import_module(f"fss_kernels.ops.{op.folder}.spec")
+        found[name] = module.SPECS[name] if hasattr(module, "SPECS") else module.SPEC
     return found
 
 
@@ -274,11 +281,13 @@ def gradients(
 def raw_backward(spec: Spec, results: Any, arguments: tuple[Any, ...], needs: Iterable[bool]) -> tuple[Any, ...]:
     """Arguments of the raw backward op: the forward's results stand for the gradients of its outputs; one flag a
     tensor, false for those that only the raw op has."""
-    op = spec.op
-    sizes, flat = op.flatten(arguments[: op.tensors])
-    flags = op.nest(sizes, [*needs, *[False] * len(flat)][: len(flat)])
-    tensors, options = arguments[: op.tensors], arguments[op.tensors :]
-    return (*results[: op.outputs], *tensors, *results[op.outputs :], *options, *flags)
+    op, given, flags = spec.op, dict(zip(spec.op.forward_call.names, arguments, strict=True)), iter(needs)
+    given |= dict(zip(op.results, results, strict=True))
+    given |= {f"grad_{name}": given[name] for name in op.outputs}
+    for name in op.inputs:
+        lists = name in op.lists
+        given[f"need_{name}"] = [next(flags, False) for _ in given[name]] if lists else next(flags, False)
+    return tuple(given[name] for name in op.backward_call.names)
 
 
 def differentiable_names(spec: Spec, tensors: dict[str, Tensor]) -> list[str]:
@@ -350,7 +359,7 @@ def judge(
         expected: the oracle of these values, if it is known.
     """
     expected = expected or _expectation(spec, tensors, options, names, dtype)
-    with _library.use_backend(backend):
+    with _backends.use_backend(backend):
         actual = gradients(spec.function, tensors, options, names, layout)
     # the float64 reference cannot be its own oracle
     itself = backend == "reference" and dtype == torch.float64
@@ -368,9 +377,9 @@ def judge(
     return comparisons
 
 
-def backends(op: _library.Op, device: str = "cpu") -> list[str]:
+def backends(op: _op.Op, device: str = "cpu") -> list[str]:
     """The backends that can run an op on a device type here."""
-    return [b for b in _library.BACKENDS if op.why_not(b, device) is None]
+    return [b for b in _loading.BACKENDS if op.why_not(b, device) is None]
 
 
 def takes(sample: Sample, layout: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from fss_kernels import _library, testing
+from fss_kernels import _loading, testing
 
 # What a machine may lack; a skip for any other reason is a failure.
 MISSING = (
@@ -22,7 +22,7 @@ MISSING = (
 )
 FUZZ_MINIMUM = 500  # examples of every op in one round of `make fuzz`
 # Two kinds of process: the interpreter's tests run under TRITON_INTERPRET=1, everything else without it.
-collect_ignore = [] if _library.TRITON_INTERPRETED else ["interpreted"]
+collect_ignore = [] if _loading.TRITON_INTERPRETED else ["interpreted"]
 SPECS = list(testing.specs().values())
 SAMPLES = [(spec, sample) for spec in SPECS for sample in spec.samples()]
 SMALL = [(spec, s) for spec, s in SAMPLES if sum(t.numel() for t in s.tensors.values()) <= 4000]

@@ -35,13 +35,13 @@ COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
 STATE = """
 import importlib.metadata, json, platform
 import torch, fss_kernels
-from fss_kernels import _library
+from fss_kernels import _loading, _op
 versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
 print(json.dumps({
     "torch": torch.__version__, "python": platform.python_version(), "numpy": versions.get("numpy"),
-    "triton": versions.get("triton"), "isa": _library.cpu_isa(), "threads": torch.get_num_threads(),
-    "file": fss_kernels.__file__, "unavailable": _library.unavailable,
-    "defaults": {op.name: op.default_backend("cpu") for op in _library.ops.values()},
+    "triton": versions.get("triton"), "isa": _loading.cpu_isa(), "threads": torch.get_num_threads(),
+    "file": fss_kernels.__file__, "unavailable": _loading.unavailable,
+    "defaults": {op.name: op.default_backend("cpu") for op in _op.ops.values()},
 }))
 """
 

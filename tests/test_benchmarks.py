@@ -34,7 +34,7 @@ from benchmarks import (
     sweeps,
     targets,
 )
-from fss_kernels import _library, testing
+from fss_kernels import _op, testing
 
 sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 import run as mutants
@@ -890,15 +890,13 @@ def test_time_in_ops_is_kept_apart(monkeypatch):
     """Forward and backward of an op count for it and for no other; afterwards everything is as it was."""
     slow = {"masked_avg_pool": ("forward", 0.02), "prototype_cosine": ("backward", 0.3)}
     for name, (direction, seconds) in slow.items():
-        implementation = _library.ops[name].backends["reference"]
+        implementation = _op.ops[name].backends["reference"]
         kept = getattr(implementation, direction)
         late = lambda *args, run=kept, seconds=seconds: (time.sleep(seconds), run(*args))[1]  # noqa: E731
         monkeypatch.setattr(implementation, direction, late)
 
     def functions():
-        return {
-            n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _library.ops.items()
-        }
+        return {n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _op.ops.items()}
 
     before = functions()
     x, p = torch.ones(1, 2, 4, 4, requires_grad=True), torch.ones(1, 1, 2)
@@ -950,7 +948,7 @@ def test_a_training_step_is_checked_by_its_gradients(name, monkeypatch):
     assert len(results) == 3  # loss, gradients of the backbone and of the head
     assert all(torch.equal(a, b) for a, b in zip(results, step.checks["reference"](), strict=True))
     assert {n: v.message for n, v in models.verdicts(step).items()} == {measure.OURS: "", "reference": ""}
-    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    implementation = _op.ops["masked_avg_pool"].backends["cpp"]
     backward = implementation.backward
     monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
     found = models.verdicts(step)

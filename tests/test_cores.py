@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fss_kernels import _library, testing
+from fss_kernels import _loading, testing
 
 sys.path.insert(0, str(Path(__file__).parent / "cpp"))
 import emulate_cuda
@@ -18,7 +18,7 @@ import sanitize_cores
 
 pytestmark = pytest.mark.slow
 
-ISA = "avx2" if "avx2" in _library.supported_isas() else "generic"
+ISA = "avx2" if "avx2" in _loading.supported_isas() else "generic"
 
 
 @pytest.mark.parametrize("sanitizer", sanitize_cores.CASES)

@@ -14,7 +14,7 @@ import sanitize
 import torch
 
 from benchmarks import environment, gpu, gpu_timing, measure, models, peers
-from fss_kernels import _library, testing
+from fss_kernels import _loading, _op, testing
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def test_networks_are_measured_in_both_modes(folder):
     seconds = {key: row["seconds"] for key, row in zip(keys, rows, strict=True)}
     for (op, mode, dtype, provider), row in zip(keys, rows, strict=True):
         if provider.endswith("triton"):
-            assert row["refused"] == _library.missing("triton") and row["correct"] is None
+            assert row["refused"] == _loading.missing("triton") and row["correct"] is None
             continue
         assert row["refused"] is None and row["size"] == models.QUICK.label and row["batch"] == 1
         assert row["max_error"] <= models.TOLERANCE[dtype] and (row["max_error"] == 0 or "default" in provider)
@@ -123,7 +123,7 @@ def test_networks_are_measured_in_both_modes(folder):
 
 def test_a_network_with_wrong_numbers_gets_no_speed(monkeypatch):
     """Wrong gradients of one kernel refuse the training step of the default backends; evaluation has its time."""
-    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    implementation = _op.ops["masked_avg_pool"].backends["cpp"]
     backward = implementation.backward
     monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
     clock = gpu_timing.Clock(dry=True)

@@ -24,7 +24,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fss_kernels import _library, testing
+from fss_kernels import _op, testing
 
 pytestmark = pytest.mark.slow
 
@@ -294,9 +294,7 @@ def test_any_size_or_stride_may_be_one(folder):
     assert not refused
 
 
-@pytest.mark.parametrize(
-    "folder", sorted({o.folder or o.name for o in _library.ops.values() if "triton" in o.backends})
-)
+@pytest.mark.parametrize("folder", sorted({o.folder or o.name for o in _op.ops.values() if "triton" in o.backends}))
 def test_every_kernel_is_listed(folder):
     """A kernel that is not among the variants would never be compiled here."""
     kernels = {name for name in vars(module(folder)) if name.endswith("_kernel")}

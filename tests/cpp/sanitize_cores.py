@@ -61,12 +61,12 @@ def fuzz(program: Path, seed: int, first: int, count: int) -> str | None:
 
 def main(ops: list[str]) -> int:
     """Fuzzes the named ops, or all."""
-    from fss_kernels import _library
+    from fss_kernels import _loading
 
     sys.path.insert(0, str(ROOT))
     from benchmarks import reliability
 
-    isas = [isa for isa in _library.supported_isas() if isa != "avx512_bf16"]  # its screen is part of avx512
+    isas = [isa for isa in _loading.supported_isas() if isa != "avx512_bf16"]  # its screen is part of avx512
     seed = int(time.time())
     print(f"seed {seed}; exit code 1 after a failure")
     jobs = [(op, isa, "address,undefined") for op in ops for isa in isas] + [(op, isas[-1], "thread") for op in ops]

@@ -6,7 +6,7 @@ from conftest import SPECS, ids, sample_of
 from test_offsets import FAR, far
 
 import fss_kernels
-from fss_kernels import _library, testing
+from fss_kernels import _loading, testing
 
 TRITON = [spec for spec in SPECS if "triton" in spec.op.backends]
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "expanded")
@@ -47,7 +47,7 @@ CASES = [
 
 
 def test_there_are_cases():
-    assert _library.TRITON_INTERPRETED and CASES
+    assert _loading.TRITON_INTERPRETED and CASES
     assert all(spec.op.why_not("triton", "cpu") is None for spec in TRITON)
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import fss_kernels
 import fss_models
-from fss_kernels import _library, testing
+from fss_kernels import _op, testing
 from fss_models import DPCN, build
 from fss_models.backbones import Tiny
 from fss_models.model import labels_of
@@ -45,7 +45,7 @@ def backend_calls(monkeypatch):
 
         return call
 
-    for name, op in _library.ops.items():
+    for name, op in _op.ops.items():
         for backend, implementation in op.backends.items():
             for direction in ("forward", "backward"):
                 function = counted((name, backend, direction), getattr(implementation, direction))

@@ -33,7 +33,7 @@ from tqdm.contrib.concurrent import thread_map
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks import environment, reliability  # noqa: E402
-from fss_kernels import _library  # noqa: E402
+from fss_kernels import _loading  # noqa: E402
 
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
@@ -59,7 +59,7 @@ def prepare(directory: str, compiled: bool) -> Path:
         setup.write_text(f'{before}"-O1"{after}')
         # of an op's variants the one that this processor runs
         header = copy / "csrc" / "common" / "each_isa.h"
-        own = f"::fss::{(_library.cpu_isa() or 'generic').partition('_')[0]}::__VA_ARGS__"
+        own = f"::fss::{(_loading.cpu_isa() or 'generic').partition('_')[0]}::__VA_ARGS__"
         header.write_text(re.sub(r"::fss::\w+::__VA_ARGS__", own, header.read_text()))
         build(copy)
     return copy
@@ -143,7 +143,7 @@ def failure(copy: Path, tests: list[str], processes: int = 0) -> str | None:
 
 def runs_here(patch: Path) -> bool:
     """Whether this processor can run the faulty code: the screen of dense_cosine needs AVX512-BF16."""
-    return not patch.stem.startswith("screen-") or _library.cpu_isa() == "avx512_bf16"
+    return not patch.stem.startswith("screen-") or _loading.cpu_isa() == "avx512_bf16"
 
 
 def name(patch: Path) -> str:

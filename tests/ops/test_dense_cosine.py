@@ -593,4 +593,4 @@ def test_raw_ops_check_their_arguments():
         (scores, [saved[0] + 10, *saved[1:]]),
     ):
         with pytest.raises(RuntimeError, match="dense_cosine: "):
-            torch.ops.fss_cpp.dense_cosine_max_bwd(grad, query, support, mask, *statistics, *options, True, True, False)
+            torch.ops.fss_cpp.dense_cosine_max_bwd(grad, query, support, mask, *statistics, *options, True, True)

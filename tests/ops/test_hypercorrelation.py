@@ -373,9 +373,9 @@ def test_raw_backward_checks_its_arguments():
         (out, [*saved[:3], saved[3].int()]),
     ):
         with pytest.raises(RuntimeError, match=r"hypercorrelation: (grad|norms|signs)"):
-            torch.ops.fss_cpp.hypercorrelation_bwd(grad, *layers, *statistics, *options, [True], [True], False)
+            torch.ops.fss_cpp.hypercorrelation_bwd(grad, *layers, *statistics, *options, [True], [True])
     with pytest.raises(RuntimeError, match="one flag a layer"):
-        torch.ops.fss_cpp.hypercorrelation_bwd(out, *layers, *saved, *options, [True, True], [True], False)
+        torch.ops.fss_cpp.hypercorrelation_bwd(out, *layers, *saved, *options, [True, True], [True])
 
 
 # ---- the pyramid ----------------------------------------------------------------------------------------------------
@@ -433,8 +433,8 @@ def test_pyramid_computes_only_wanted_gradients(backend, recorded_ops):
     with recorded_ops() as recorder:
         sum(level.sum() for level in hypercorrelation_pyramid(queries, supports, levels=LEVELS)).backward()
     forwards = [name for name, _ in recorder.calls if name.endswith("_fwd")]
-    flags = [args[-3:] for name, args in recorder.calls if name.endswith("_bwd")]
-    assert len(forwards) == 3 and flags == [([False, True, False], [False, False, True], False)]
+    flags = [args[-2:] for name, args in recorder.calls if name.endswith("_bwd")]
+    assert len(forwards) == 3 and flags == [([False, True, False], [False, False, True])]
     for i in range(len(queries)):
         assert (queries[i].grad is not None) == (i == 1) and (supports[i].grad is not None) == (i == 2)
 
