@@ -72,18 +72,21 @@ class Rules:
 
     # ---- first derivatives ------------------------------------------------------------------------------------------
 
-    def keep(self, ctx: Any, call: Any, needs: Any, results: Sequence[Tensor]) -> None:
+    def keep(self, ctx: Any, call: Any, flags: Sequence[bool], results: Sequence[Tensor]) -> None:
         """Keeps what the backward reads. An input whose values no wanted gradient reads is replaced by a stand-in with
         its shape, dtype and memory format, so that a feature map is neither held in memory nor protected from in-place
-        use. Of the outputs only the shapes are kept, for gradients that nobody gives."""
-        op = self.op
+        use. Of the outputs only the shapes are kept, for gradients that nobody gives. ``flags`` say for every input
+        tensor whether its gradient is wanted."""
+        op, lengths = self.op, self.lengths(call)
+        tensors = self.inputs.flatten(getattr(call, n) for n in op.inputs)
+        needs = self.inputs.nest(flags[: len(tensors)], lengths)
         read, by_name = op.read_by(needs), op.forward_results.Call._make(results)
         inputs = self.inputs.map(
             lambda name, x: x if name in read else stand_in(x), (getattr(call, n) for n in op.inputs)
         )
         saved = [getattr(by_name, n) for n in op.saved]
         ctx.save_for_backward(*self.inputs.flatten(inputs), *saved)
-        ctx.lengths, ctx.needs = self.lengths(call), needs
+        ctx.lengths, ctx.needs = lengths, needs
         ctx.options = [getattr(call, n) for n in op.options]
         ctx.shapes = [getattr(by_name, n).shape for n in op.outputs]
         ctx.backend = None if torch.compiler.is_compiling() else _backends.forced()
@@ -117,9 +120,7 @@ class Rules:
         return tuple(self.op.gradients.flatten(gradients))
 
     def _keep_forward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        of_call = self.op.forward_call.Call
-        needs = of_call._make(ctx.needs_input_grad[: len(inputs)])  # and one that is PyTorch's own
-        self.keep(ctx, of_call(*inputs), needs, output)
+        self.keep(ctx, self.op.forward_call.Call(*inputs), ctx.needs_input_grad, output)
 
     def _backward_of_forward(self, ctx: Any, *grads: Tensor | None) -> Any:
         return *self.first_derivatives(ctx, grads), *(None for _ in self.op.options)
@@ -189,8 +190,7 @@ def _functions(rules: Rules) -> tuple[Any, Any]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             lengths, *flat = inputs
-            needs = op.forward_call.nest(ctx.needs_input_grad[1:], lengths)
-            rules.keep(ctx, op.forward_call.nest(flat, lengths), needs, output)
+            rules.keep(ctx, op.forward_call.nest(flat, lengths), ctx.needs_input_grad[1:], output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
