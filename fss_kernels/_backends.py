@@ -46,12 +46,13 @@ def why_not(
 
 def default(op: str, backends: dict[str, Backend], device: str, features: torch.Tensor | None = None) -> str:
     """The fastest backend for these features: measured on this GPU (`_tuning`), C++ on a CPU, else the reference."""
-    dtype = None if features is None else features.dtype
+    if device == "cpu":
+        return "cpp" if why_not(op, backends, "cpp", device) is None else "reference"
     if device == "cuda" and features is not None:
         measured = _tuning.backend(op, torch.cuda.get_device_name(features.device), features.numel())
-        if measured is not None and why_not(op, backends, measured, device, dtype) is None:
+        if measured is not None and why_not(op, backends, measured, device, features.dtype) is None:
             return measured
-    return "cpp" if device == "cpu" and why_not(op, backends, "cpp", device, dtype) is None else "reference"
+    return "reference"
 
 
 def choose(op: str, backends: dict[str, Backend], device: str, features: torch.Tensor) -> str:

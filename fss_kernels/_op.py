@@ -74,16 +74,19 @@ class Op:
         self.outputs = tuple(n for n in self.results if n not in saved)
         self.returned = tuple(n for n in self.results if n in self.outputs or n in returned)
         self.lists = tuple(n for n in self.inputs if types[n] == "List[Tensor]")
+        self._list_positions = [self.inputs.index(n) for n in self.lists]
+        if arguments != [*self.inputs, *self.options] or self.results != (*self.outputs, *self.saved):
+            raise ValueError(f"{self.name}: the schema must have tensors before options, outputs before what is saved")
         self.batch_dims = dict(batch_dims or {})
         self._reads = {n: frozenset((reads or {}).get(n, self.inputs)) for n in self.differentiable}
         self.backends: dict[str, Backend] = {}
 
-        lists = {n: n for n in self.lists} | {f"grad_{n}": n for n in self.lists}
+        lists = {f"{prefix}{n}": i for i, n in enumerate(self.lists) for prefix in ("", "grad_")}
         grads, needs = [f"grad_{n}" for n in self.outputs], [f"need_{n}" for n in self.differentiable]
         backward = (*grads, *self.inputs, *self.saved, *self.options, *needs)
         self.forward_call = Signature(f"{self.name}_forward", arguments, lists)
         self.backward_call = Signature(f"{self.name}_backward", backward, lists)
-        self.forward_results = Signature(f"{self.name}_results", self.results, {})
+        self.input_tensors = Signature(f"{self.name}_inputs", self.inputs, lists)
         self.gradients = Signature(f"{self.name}_gradients", [f"grad_{n}" for n in self.differentiable], lists)
 
         self.forward_schema = schema.removeprefix(self.name)
@@ -205,6 +208,16 @@ class Op:
         return run
 
     # ---- what follows from the declaration --------------------------------------------------------------------------
+
+    def lengths(self, arguments: Sequence[Any]) -> tuple[int, ...]:
+        """The lengths of the lists in a forward call."""
+        if not self.lists:
+            return ()
+        return tuple([len(arguments[i]) for i in self._list_positions])
+
+    def tensors(self, lengths: Sequence[int]) -> int:
+        """How many tensors are the inputs of a call."""
+        return len(self.inputs) + sum(lengths) - len(lengths)
 
     def read_by(self, needs: Any) -> set[str]:
         """The inputs whose values the wanted gradients depend on. ``needs`` has a flag or a list of flags per input."""

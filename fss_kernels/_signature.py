@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -12,45 +12,46 @@ def _named_tuple(title: str, names: tuple[str, ...]) -> Any:
 
 
 class Signature:
-    """Named values, some of which are lists of tensors. ``lists`` maps each of these to the input that has its length:
-    ``{"grad_kernels": "kernels"}``.
+    """Named values, some of which are lists of tensors.
 
-    ``Call`` is the named tuple of the values. ``lengths`` maps every input that is a list to its length in one call.
+    ``lists`` maps each of these to its place in the lengths of a call: ``{"grad_kernels": 0}`` where the first list
+    among the op's inputs has as many elements. ``Call`` is the named tuple of the values.
     """
 
-    def __init__(self, title: str, names: Iterable[str], lists: Mapping[str, str]) -> None:
+    def __init__(self, title: str, names: Iterable[str], lists: Mapping[str, int]) -> None:
         self.names = tuple(names)
         self.lists = {name: lists[name] for name in self.names if name in lists}
         self.Call = _named_tuple(title, self.names)
 
-    def flatten(self, call: Iterable[Any]) -> list[Any]:
+    def flatten(self, values: Sequence[Any]) -> Sequence[Any]:
         """The values one by one."""
         if not self.lists:
-            return list(call)
+            return values
         flat: list[Any] = []
-        for name, value in zip(self.names, call, strict=True):
+        for name, value in zip(self.names, values, strict=True):
             if name in self.lists:
                 flat += value
             else:
                 flat.append(value)
         return flat
 
-    def nest(self, flat: Iterable[Any], lengths: Mapping[str, int]) -> Any:
-        """The inverse of `flatten`."""
+    def nest(self, flat: Sequence[Any], lengths: Sequence[int]) -> Sequence[Any]:
+        """The inverse, given the lengths of the lists."""
         if not self.lists:
-            return self.Call._make(flat)
+            return flat
         rest = iter(flat)
-        values = (
+        values = [
             [next(rest) for _ in range(lengths[self.lists[name]])] if name in self.lists else next(rest)
             for name in self.names
-        )
-        return self.Call._make(values)
+        ]
+        assert next(rest, None) is None
+        return values
 
-    def map(self, function: Callable[..., Any], call: Iterable[Any], *others: Iterable[Any]) -> Any:
-        """A call whose values are ``function(name, value, *other values)``, in lists for every element."""
+    def map(self, function: Callable[..., Any], *calls: Iterable[Any]) -> Any:
+        """A call whose values are ``function(name, *values)`` of the given calls, in lists for every element."""
         return self.Call._make(
             [function(name, *each) for each in zip(*values, strict=True)]
             if name in self.lists
             else function(name, *values)
-            for name, *values in zip(self.names, call, *others, strict=True)
+            for name, *values in zip(self.names, *calls, strict=True)
         )
