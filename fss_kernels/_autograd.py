@@ -43,6 +43,7 @@ class _Wanted(NamedTuple):
     read: tuple[bool, ...]  # for every tensor, whether the wanted gradients depend on its values
     needs: tuple[Any, ...]  # the flags of the backward op
     places: tuple[int | None, ...]  # for every tensor, which gradient of the backward op is its own, if it is wanted
+    refused: tuple[str, ...]  # inputs without a gradient of which one is wanted
 
 
 class Rules:
@@ -94,10 +95,12 @@ class Rules:
             for each in need if name in op.lists else (need,):
                 places.append(gradient if each and name in op.differentiable else None)
                 gradient += name in op.differentiable
+        constants = (n for n in op.inputs if n not in op.differentiable)
         return _Wanted(
             tuple(op.input_tensors.flatten(op.input_tensors.map(lambda name, _: name in read, needs))),
             tuple(getattr(needs, name) for name in op.differentiable),
             tuple(places),
+            tuple(n for n in constants if getattr(needs, n) and (n not in op.lists or any(getattr(needs, n)))),
         )
 
     def keep(
@@ -122,6 +125,8 @@ class Rules:
         given = next((g for g in of_outputs if g is not None), None)
         if given is None:
             return [None] * len(places)
+        if ctx.wanted.refused:  # never a silent zero
+            raise RuntimeError(f"{self.op.name}: no gradient to {', '.join(ctx.wanted.refused)}: pass it detached")
         if ctx.shapes:
             of_outputs = [given.new_zeros(s) if g is None else g for g, s in zip(of_outputs, ctx.shapes, strict=True)]
         flat = (*of_outputs, *ctx.saved_tensors, *ctx.options, *ctx.wanted.needs)

@@ -93,7 +93,7 @@ def test_only_wanted_gradients_are_computed(spec, recorded_ops):
         name, arguments = recorder.calls[-1]
         assert name == f"fss::{spec.name}_bwd"
         call = spec.op.backward_call.Call(*arguments)
-        needs = spec.op.gradients.flatten(getattr(call, f"need_{n}") for n in spec.op.differentiable)
+        needs = spec.op.gradients.flatten([getattr(call, f"need_{n}") for n in spec.op.differentiable])
         assert needs == [n == wanted for n in tensors if n in spec.differentiable]
         assert tensors[wanted].grad is not None
         assert all(t.grad is None for n, t in tensors.items() if n != wanted)
