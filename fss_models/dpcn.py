@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fss_kernels import dense_cosine_max, dynamic_conv2d, masked_avg_pool, prior_mask, support_activation
 from fss_models.backbones import Features
+from fss_models.interpolation import resized
 from fss_models.layers import ASPP, Reduction, classifier, convolution, expanded, mean_prototype, pair
-from fss_models.losses import resized, sample_losses, segmentation_loss
+from fss_models.losses import sample_losses, segmentation_loss
 from fss_models.model import (
     FewShotModel,
     check_count,

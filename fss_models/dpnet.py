@@ -21,8 +21,9 @@ from fss_kernels import (
     prototype_cosine,
 )
 from fss_models.backbones import Features
+from fss_models.interpolation import resized
 from fss_models.layers import FeatureEnrichment, Reduction, mean_prototype
-from fss_models.losses import resized, segmentation_loss
+from fss_models.losses import segmentation_loss
 from fss_models.model import (
     FewShotModel,
     check_count,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fss_kernels import masked_avg_pool
 from fss_models.backbones import Features
-from fss_models.losses import resized
+from fss_models.interpolation import resized
 
 
 def convolution(inputs: int, outputs: int, size: int, *, bias: bool = False, dilation: int = 1) -> nn.Sequential:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fss_models.backbones import Backbone, Features, Tiny
-from fss_models.losses import IGNORE, resized
+from fss_models.interpolation import resized
+from fss_models.losses import IGNORE
 
 
 def check_option(model: str, name: str, value: Any, choices: Iterable[Any]) -> None:

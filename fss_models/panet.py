@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fss_kernels import masked_avg_pool, prototype_cosine
 from fss_models.backbones import Features
-from fss_models.losses import resized, sample_losses, segmentation_loss
+from fss_models.interpolation import resized
+from fss_models.losses import sample_losses, segmentation_loss
 from fss_models.model import FewShotModel, check_flags, check_number, check_option, weights_of
 
 

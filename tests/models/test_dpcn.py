@@ -8,7 +8,7 @@ from model_samples import balanced, episode, small, soft_mask, stages
 
 from fss_models import backbones, build, dpcn
 from fss_models.dpcn import DPCN, SupportActivation, bins_of, foreground_pixels, pooled_tokens
-from fss_models.losses import resized
+from fss_models.interpolation import resized
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,8 +7,9 @@ from model_samples import balanced, episode, small, soft_mask, stages
 
 from fss_models import build
 from fss_models.dpnet import CycleComparison, DPNet, PrototypeInteraction, stretched
+from fss_models.interpolation import resized
 from fss_models.layers import FeatureEnrichment
-from fss_models.losses import resized, segmentation_loss
+from fss_models.losses import segmentation_loss
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
