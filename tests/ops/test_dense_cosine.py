@@ -533,19 +533,6 @@ def test_many_channels(channels, windows):
         torch.testing.assert_close(ours.double(), wanted.double(), rtol=0, atol=2e-6 * wanted.abs().max().item())
 
 
-def test_modules():
-    query, support, mask = torch.randn(2, 5, 4, 4), torch.randn(2, 3, 5, 6, 6), torch.rand(2, 3, 20, 20) > 0.8
-    options = {"windows": DPCN, "masked": "exclude", "eps": 0.1, "eps_mode": "add"}
-    module = fss_kernels.nn.DenseCosineMax(**options)
-    for a, b in zip(module(query, support, mask), dense_cosine_max(query, support, mask, **options), strict=True):
-        assert torch.equal(a, b)
-    assert not list(module.parameters()) and "masked='exclude', eps=0.1, eps_mode='add'" in repr(module)
-    match = fss_kernels.nn.DenseCosineMatch(eps=0.1, eps_mode="add")
-    wanted = dense_cosine_match(query, support, mask, eps=0.1, eps_mode="add")
-    for a, b in zip(match(query, support, mask), wanted, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("channels", [16, 600])
 @pytest.mark.parametrize("name", ["max", "windows", "match"])
 def test_extra_memory(name, channels):
