@@ -63,7 +63,7 @@ fuzz: .venv/installed
 	  FUZZ_RUN=$$run FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
 	done
 
-# Every number of the README: ops, networks, host. Hours: what this machine has measured from the same sources is not
+# Every number of docs/benchmarks: ops, networks, host. Hours: what this machine has measured from the same sources is not
 # measured again. `check` alone fails on a line that is short.
 bench: .venv/peers
 	$(PY) -m benchmarks run --resume

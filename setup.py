@@ -1,4 +1,4 @@
-"""Builds the compiled libraries. FSS_KERNELS_BUILD=auto|none|cpu|cuda; see README, "Installing".
+"""Builds the compiled libraries. FSS_KERNELS_BUILD=auto|none|cpu|cuda; see docs/installing.md.
 
 FSS_KERNELS_BUILD=native builds the developer's module `_native` instead.
 """

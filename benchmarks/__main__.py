@@ -363,26 +363,26 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
 
 
 def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
-    """Regenerates the tables of the README, and of every op's, from benchmarks/results.
+    """Regenerates the README's picture and the tables of docs and of every op's README from benchmarks/results.
 
     Args:
         check: only compare; exit with 1 on a difference
-        root: the folder that holds the README and fss_kernels/ops
+        root: the folder that holds docs and fss_kernels/ops
     """
-    from benchmarks import overhead as costs
     from benchmarks import reliability
-    from benchmarks.report import op_section, readme_section, replace_section
+    from benchmarks.picture import overview
+    from benchmarks.report import op_section, replace_section
 
     committed, lines = _newest(), targets.load()
     if not committed:
         _say(f"readme: skipped, no results in {RESULTS}")
         return 0
-    whole = readme_section(committed, costs.markdown(), _sweeps(), lines)
-    sections = {Path(root, "README.md"): {"benchmarks": whole, "reliability": reliability.markdown()}}
+    sections = {Path(root, "docs", "reliability.md"): {"reliability": reliability.markdown()}}
     for folder, ops in _folders().items():
         path = Path(root, "fss_kernels", "ops", folder, "README.md")
         sections[path] = {"benchmarks": op_section(committed, ops, lines)}
-    stale = {}
+    picture, drawn = Path(root, "docs", "benchmarks", "overview.svg"), overview(committed, testing.specs())
+    stale = {} if picture.exists() and picture.read_text() == drawn else {picture: drawn}
     for path, parts in sections.items():
         text = path.read_text() if path.exists() else ""
         new = text
@@ -396,11 +396,11 @@ def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
             stale[path] = new
     for path, new in stale.items():
         if check:
-            _say(f"readme: {path}: tables differ from the results; run `make readme`")
+            _say(f"readme: {path}: differs from the results; run `make readme`")
         else:
             environment.write_text(path, new)
     state = "differ" if check else "changed"
-    _say(f"readme: tables of {len(committed)} results in {len(sections)} files, {len(stale)} {state}")
+    _say(f"readme: {len(committed)} results in {len(sections) + 1} files, {len(stale)} {state}")
     return int(check and bool(stale))
 
 

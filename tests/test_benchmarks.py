@@ -978,10 +978,12 @@ def test_a_hopeless_provider_sits_out_after_two_rounds(monkeypatch):
 
 
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
-    """The README and every op's: stale tables are found and replaced, and nothing beside them."""
+    """The picture, docs and every op's README: what is stale is found and replaced, and nothing beside it."""
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     folders = {spec.op.folder or name for name, spec in testing.specs().items()}
-    files = [tmp_path / "README.md", *(tmp_path / "fss_kernels" / "ops" / f / "README.md" for f in sorted(folders))]
+    files = [tmp_path / "docs" / "reliability.md"]
+    files += [tmp_path / "fss_kernels" / "ops" / f / "README.md" for f in sorted(folders)]
+    picture = tmp_path / "docs" / "benchmarks" / "overview.svg"
     blocks = [f"<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\n" for name in ("benchmarks", "reliability")]
     for file in files:
         environment.write_text(file, "before\n" + "between\n".join(blocks) + "after\n")
@@ -990,11 +992,14 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     assert "skipped, no results" in capsys.readouterr().out
     environment.write_json(tmp_path / "results" / "machine.json", results)
     assert command.main([*arguments, "--check"]) == 1 and "stale text" in files[0].read_text()
+    assert str(picture) in capsys.readouterr().out and not picture.exists()
     assert command.main(arguments) == 0
     text = files[0].read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
-    assert all(row.size in text for row in ROWS) and "| fastest peer |" in text and "between\n<!-- reliab" in text
-    assert "| `make fuzz` |" in text.partition("between")[2]
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text\n<!-- benchmarks:end" in text
+    assert "| `make fuzz` |" in text.partition("between")[2] and "stale" not in text.partition("between")[2]
+    assert picture.read_text().startswith("<svg")
+    tables = "".join(file.read_text() for file in files[1:])
+    assert all(row.size in tables for row in ROWS) and "| fastest peer |" in tables
     for file in files[1:]:
         own = {r.op for r in ROWS if (testing.specs()[r.op].op.folder or r.op) == file.parent.name}
         assert {r.op for r in ROWS if f"| {r.op} |" in file.read_text()} == own
@@ -1003,9 +1008,12 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     environment.write_text(files[1], files[1].read_text().replace("between", "another").replace("easured", "easuring"))
     capsys.readouterr()
     assert command.main([*arguments, "--check"]) == 1 and str(files[1]) in capsys.readouterr().out
+    assert command.main(arguments) == 0
+    picture.write_text(picture.read_text().replace("fastest", "slowest"))
+    assert command.main([*arguments, "--check"]) == 1 and str(picture) in capsys.readouterr().out
     files[0].write_text("no markers")
     assert command.main([*arguments, "--check"]) == 1
-    assert "no <!-- benchmarks:begin -->" in capsys.readouterr().out and files[0].read_text() == "no markers"
+    assert "no <!-- reliability:begin -->" in capsys.readouterr().out and files[0].read_text() == "no markers"
 
 
 def entry(op: str, ratio: float, provider: str = measure.OURS, **fields) -> dict:
