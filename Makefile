@@ -34,9 +34,9 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 demo: .venv/installed
 	$(PY) -m fss_kernels info
 	$(PY) -m fss_kernels verify --no-interpreter
-	$(PY) -m benchmarks run --quick --out report/results.json
+	$(PY) -m benchmarks run --quick --out report/results.csv
 	$(PY) -m fss_models demo --out report/demo
-	$(PY) -m benchmarks report report/results.json --out report/index.html --demo report/demo
+	$(PY) -m benchmarks report report/results.csv --out report/index.html --demo report/demo
 
 # The fast part. Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
 # AVX-512 with and without bfloat16 products differ in dense_cosine only.
@@ -68,7 +68,7 @@ fuzz: .venv/installed
 bench: .venv/peers
 	$(PY) -m benchmarks run --resume
 	$(PY) -m benchmarks run --resume --sweep --rounds 4
-	$(PY) -m benchmarks.models --resume true
+	$(PY) -m benchmarks networks --resume
 	$(PY) -m benchmarks overhead --resume
 	$(PY) -m benchmarks readme
 	$(PY) -m benchmarks check --allow-short
@@ -118,7 +118,7 @@ gpu: $(if $(DRY),.venv/installed)
 	@test -n "$(OUT)$(DRY)" || { echo "usage: make gpu OUT=folder STAGE=build-test|core|peers|models [DRY=1] [RESUME=1]"; exit 2; }
 	$(if $(GPU_WHEELS),$(if $(DRY),,PIP_REQUIRE_VIRTUALENV=0 $(GPU_PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu-site $(GPU_WHEELS)))
 	set -e; for stage in $(if $(DRY),build-test core peers models,$(STAGE)); do \
-	  PYTHONPATH=$(CURDIR)/build/gpu-site:$$PYTHONPATH $(GPU_PY) -m benchmarks.gpu --stage $$stage --out "$(or $(OUT),build/gpu-dry)" \
+	  PYTHONPATH=$(CURDIR)/build/gpu-site:$$PYTHONPATH $(GPU_PY) -m benchmarks gpu --stage $$stage --out "$(or $(OUT),build/gpu-dry)" \
 	    $(if $(DRY),--dry) $(if $(RESUME),--resume) $(if $(COMMIT),--commit $(COMMIT)); \
 	done
 

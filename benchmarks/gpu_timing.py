@@ -8,13 +8,11 @@ random order. With ``dry`` everything runs on the CPU with tiny shapes, plain lo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import math
 import random
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -569,13 +567,3 @@ def run(stage: str, path: Path, dry: bool, seconds: float) -> int:
         status = measure_rows(stage, record, clock, done, deadline)
     record(kind="end", status=status)
     return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--seconds", type=float, default=450)
-    chosen = parser.parse_args()
-    sys.exit(run(chosen.stage, chosen.path, chosen.dry, chosen.seconds))

@@ -6,7 +6,6 @@ compiled forward; beside them the usual PyTorch code, forward and with the backw
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, measure, peers, report
+from benchmarks import environment, measure, peers, report, storage
 from fss_kernels import testing
 
-FOLDER = environment.RESULTS / "overhead"
 ROUNDS, CALLS = 20, 100
 COLUMNS = ("forward", "forward, keeping", "forward+backward", "compiled", "PyTorch forward", "PyTorch forward+backward")
 
@@ -60,7 +58,7 @@ def _calls(op: str) -> dict[str, Callable[[], Any]]:
 
 
 def run(ops: tuple[str, ...], path: Path, rounds: int = ROUNDS, count: int = CALLS) -> dict[str, Any]:
-    """Measures and writes microseconds a call, the median of rounds in which every column has a turn."""
+    """Measures and writes microseconds per call, the median of rounds in which every column has a turn."""
     order, rows = random.Random(0), []
     torch.set_num_threads(environment.cores())
     for op in ops:
@@ -76,7 +74,7 @@ def run(ops: tuple[str, ...], path: Path, rounds: int = ROUNDS, count: int = CAL
                     samples[name].append((time.perf_counter() - start) / count * 1e6)
         rows.append({"op": op, "microseconds": {name: measure.quantiles(s) for name, s in samples.items()}})
     results = {**environment.environment(), "plan": {"ops": list(ops)}, "rounds": rounds, "calls": count, "rows": rows}
-    environment.write_json(path, results)
+    storage.write(path, "overhead", results)
     return results
 
 
@@ -90,24 +88,12 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
     return [[r["op"], *(f"{r['microseconds'][c]['median']:.0f}" for c in COLUMNS)] for r in results["rows"]]
 
 
-def committed() -> list[dict[str, Any]]:
-    """The committed files, one a machine, newest first."""
-    files = [json.loads(p.read_text()) for p in FOLDER.glob("*.json")]
-    return sorted(files, key=lambda r: str(r["environment"]["date"]), reverse=True)
-
-
-def markdown() -> str:
-    """A table of every file, for the README, PyTorch's time bold where it is the shorter one; empty without one."""
-    parts = []
-    for results in committed():
-        env = results["environment"]
-        where = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {env['date'][:10]}"
-        parts += [f"{where}, commit {(env['commit'] or 'unknown')[:10]}:", ""]
-        lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
-        for line, row in zip(lines[2:], results["rows"], strict=True):
-            for ours, usual in (("forward", "PyTorch forward"), ("forward+backward", "PyTorch forward+backward")):
-                median = {name: row["microseconds"][name]["median"] for name in (ours, usual)}
-                if report.verdict(median[usual] / median[ours]) == "peer":
-                    line[header().index(usual)] = f"**{line[header().index(usual)]}**"
-        parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
-    return "\n".join(parts).rstrip()
+def markdown(results: dict[str, Any]) -> str:
+    """The table in Markdown, with PyTorch's time in bold where it is the shorter one."""
+    lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
+    for line, row in zip(lines[2:], results["rows"], strict=True):
+        for ours, usual in (("forward", "PyTorch forward"), ("forward+backward", "PyTorch forward+backward")):
+            median = {name: row["microseconds"][name]["median"] for name in (ours, usual)}
+            if report.verdict(median[usual] / median[ours]) == "peer":
+                line[header().index(usual)] = f"**{line[header().index(usual)]}**"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

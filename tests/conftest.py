@@ -11,7 +11,7 @@ import torch
 
 from fss_kernels import _loading, testing
 
-# What a machine may lack; a skip for any other reason is a failure.
+# What a machine, or a copy of the tree, may lack; a skip for any other reason is a failure.
 MISSING = (
     "no GPU",
     "no second GPU",
@@ -19,6 +19,8 @@ MISSING = (
     "no 8 GB of free memory",
     "no nvcc",
     "no AVX512-BF16",
+    "no git history back to the results in JSON",
+    "no committed results",
 )
 FUZZ_MINIMUM = 500  # examples of every op in one round of `make fuzz`
 # Two kinds of process: the interpreter's tests run under TRITON_INTERPRET=1, everything else without it.

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LOGS = ROOT / "benchmarks" / "results" / "wheel"
 # What PyTorch promises to keep (the C shims), and what the platform does. PyTorch also exports pieces of libstdc++, in
 # every release other ones: those have no version.
 STABLE = re.compile(r"(aoti_)?torch_\w+$|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
@@ -142,20 +141,19 @@ def verify(folder: Path, release: str) -> dict[str, Any]:
 def record(wheel: Path, run: dict[str, Any], folder: Path) -> Path:
     """Adds a run to the log of this wheel."""
     sys.path.insert(0, str(ROOT))
-    from benchmarks.environment import environment, write_json
+    from benchmarks import environment, reliability
 
-    log = LOGS / f"{wheel.stem.rpartition('-')[2]}.json"
+    platform = wheel.stem.rpartition("-")[2]
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     with zipfile.ZipFile(wheel) as archive:
         needs = required_versions(Path(archive.extract("fss_kernels/_fss_cpu.so", folder)))
     about = {"file": wheel.name, "sha256": digest, "bytes": wheel.stat().st_size, "needs": needs}
-    before = json.loads(log.read_text()) if log.exists() else {}
+    before = reliability.wheel_log(platform) or {}
     if before.get("wheel") == about:
         others = [r for r in before["runs"] if (r["torch"], r["python"]) != (run["torch"], run["python"])]
     else:
-        before, others = {**environment(), "wheel": about}, []
-    write_json(log, {**before, "runs": [*others, run]})
-    return log
+        before, others = {**environment.environment(), "wheel": about}, []
+    return reliability.record_wheel(platform, {**before, "runs": [*others, run]})
 
 
 def main(arguments: list[str] | None = None) -> int:

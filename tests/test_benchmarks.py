@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,13 +29,15 @@ from benchmarks import (
     measure,
     models,
     overhead,
+    pages,
     peers,
     reliability,
     report,
+    storage,
     sweeps,
     targets,
 )
-from fss_kernels import _op, testing
+from fss_kernels import _library, testing
 
 sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 import run as mutants
@@ -183,11 +186,11 @@ def test_a_wrong_kernel_gets_no_speed(row, tmp_path, capsys):
     assert len(messages) == 1 and measure.OURS in messages[0] and "times the allowed" in messages[0]
     assert [e["seconds"] for e in entries] == [None] * len(entries)
     assert not entries[0]["correct"]
-    out = tmp_path / "results.json"
+    out = tmp_path / "results.csv"
     assert command._finish({"rows": entries, "peers": [], "failures": messages}, out) == 1
     printed = capsys.readouterr().out
     assert "FAILED" in printed and " ms " not in printed
-    assert not out.exists() and (tmp_path / "results.json.failed").exists()
+    assert not out.exists() and storage.read(tmp_path / "results.failed.csv")["ops"]["failures"] == messages
 
 
 def test_a_wrong_or_crashing_peer_gets_no_speed():
@@ -278,8 +281,8 @@ def test_compare_judges_by_the_share_of_the_roof(results, tmp_path, capsys):
                 e["roof_fraction"] *= roof
     files = {}
     for name, content in (("before", before), ("same", same), ("slower", slower)):
-        files[name] = tmp_path / f"{name}.json"
-        environment.write_json(files[name], content)
+        files[name] = tmp_path / f"{name}.csv"
+        storage.write(files[name], "ops", content)
     assert command.main(["compare", str(files["before"]), str(files["same"])]) == 0
     assert "SLOWER" not in capsys.readouterr().out
     assert command.main(["compare", str(files["before"]), str(files["slower"])]) == 1
@@ -287,13 +290,13 @@ def test_compare_judges_by_the_share_of_the_roof(results, tmp_path, capsys):
     assert {c.slowdown for c in compare.changes(before, slower)} == {2.0}
     assert command.main(["compare", str(files["before"]), "no-such-revision"]) == 2
     assert "compare: no-such-revision is neither a result file nor a revision" in capsys.readouterr().out
-    environment.write_json(files["same"], {**same, "rows": []})
+    storage.write(files["same"], "ops", {**same, "rows": []})
     assert command.main(["compare", str(files["before"]), str(files["same"])]) == 1
 
 
 def test_plot_writes_every_row(results, tmp_path):
-    file, out = tmp_path / "results.json", tmp_path / "plots"
-    environment.write_json(file, results)
+    file, out = tmp_path / "results.csv", tmp_path / "plots"
+    storage.write(file, "ops", results)
     assert command.main(["plot", str(file), "--out", str(out)]) == 0
     written = sorted((out / file.stem).glob("*.svg"))
     assert len(written) == len(ROWS)  # of one size each
@@ -302,13 +305,13 @@ def test_plot_writes_every_row(results, tmp_path):
 
 def test_plot_draws_the_committed_sweeps(results, tmp_path, monkeypatch):
     """Without files it draws the newest results and the sweeps; an axis has its unit."""
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "results")
     rows = [{**entry("masked_avg_pool", 1.0), "size": f"grid={n}"} for n in (30, 60)]
-    environment.write_json(tmp_path / "results" / "sweeps" / "machine.json", result_file(rows) | {"plan": {"sweep": 1}})
+    storage.write(tmp_path / "results" / "sweeps" / "machine.csv", "a", result_file(rows) | {"plan": {"sweep": 1}})
     assert command.main(["plot", "--out", str(tmp_path)]) == 0
     assert [p.name for p in tmp_path.glob("machine/*.svg")] == ["masked_avg_pool-against-grid.svg"]
     assert ">grid side, pixels<" in (tmp_path / "machine" / "masked_avg_pool-against-grid.svg").read_text()
-    environment.write_json(tmp_path / "results" / "machine.json", results)
+    storage.write(tmp_path / "results" / "ops" / "machine.csv", "a", results)
     assert command.main(["plot", "--out", str(tmp_path / "both")]) == 0
     assert len([*(tmp_path / "both" / "machine").glob("*.svg")]) > len(ROWS)
     assert set(report.AXES) == {axis for spec in testing.specs().values() for axis in spec.axes}
@@ -358,18 +361,18 @@ def test_sweeps_vary_one_number(tmp_path):
         entries += measure.summarise(prepared, fake_samples(prepared))[0]
     assert [r.size for r in measure.rows(plan)] == [*(f"batch={n}" for n in (1, 2, 4, 8, 20)), "foreground=0.1"]
     found = {"rows": entries, "peers": [], "plan": dataclasses.asdict(plan)}
-    environment.write_json(tmp_path / "sweep.json", found)
-    assert command.main(["plot", str(tmp_path / "sweep.json"), "--out", str(tmp_path)]) == 0
+    storage.write(tmp_path / "sweep.csv", "a", found)
+    assert command.main(["plot", str(tmp_path / "sweep.csv"), "--out", str(tmp_path)]) == 0
     names = {"masked_avg_pool-against-batch", "masked_avg_pool-against-foreground"}
     assert {p.stem for p in tmp_path.glob("sweep/*.svg")} == names
     assert "fss_kernels" in (tmp_path / "sweep" / "masked_avg_pool-against-batch.svg").read_text()
     ratios = dict(zip((r.size for r in measure.rows(plan)), (0.5, 2, 3, 4, 5, 1.25), strict=True))
     ours = [r for r in entries if r["provider"] == measure.OURS]
     peer = [{**r, "provider": "peer", "ratio_to_ours": ratios[r["size"]]} for r in ours]
-    table = report.sweep_table([{**environment.environment(), **found, "rows": [*entries, *peer]}])
+    table = page(sweeps=[{**environment.environment(), **found, "rows": [*entries, *peer]}])
     assert "| masked_avg_pool | batch, samples | 1, 2, 4, 8, 20 | **0.50**, 2.00, 3.00, 4.00, 5.00 |" in table
     assert "| masked_avg_pool | foreground, fraction | 0.1 | 1.25 |" in table and table.count("| peer |") == 2
-    assert ", 6 samples a row:" in table
+    assert "Each row has 6 samples of our time." in table
     html = report.render({**environment.environment(), **found, "failures": [], "notes": [],
                           "ceilings": {"before": {}, "after": {}}}, sweeps=[found])  # fmt: skip
     assert "masked_avg_pool against foreground" in html
@@ -469,27 +472,29 @@ def test_the_gate_tells_twice_from_once(monkeypatch, neighbour):
 
 
 def test_overhead_measures_every_column(tmp_path):
-    results = overhead.run(("masked_avg_pool",), tmp_path / "overhead.json", rounds=1, count=1)
-    assert json.loads((tmp_path / "overhead.json").read_text()) == results
+    results = overhead.run(("masked_avg_pool",), tmp_path / "overhead.csv", rounds=1, count=1)
+    assert storage.read(tmp_path / "overhead.csv") == {"overhead": results}
     (line,) = overhead.cells(results)
     assert line[0] == "masked_avg_pool" and len(line) == len(overhead.header())
     assert all(float(cell) > 0 for cell in line[1:])
 
 
-def test_overhead_is_bold_where_pytorch_is_faster(tmp_path, monkeypatch):
+def test_overhead_is_bold_where_pytorch_is_faster():
     """Compared with our forward, and with the backward; within 3 % neither is."""
-    monkeypatch.setattr(overhead, "FOLDER", tmp_path)
     times = dict(zip(overhead.COLUMNS, (100, 150, 200, 120, 98, 190), strict=True))
     row = {"op": "an_op", "microseconds": {name: {"median": t} for name, t in times.items()}}
-    environment.write_json(tmp_path / "a.json", {**environment.environment(), "rows": [row]})
-    assert overhead.markdown().endswith("| an_op | 100 | 150 | 200 | 120 | 98 | **190** |")
+    text = page(overhead=[{**environment.environment(), "rounds": 20, "calls": 100, "rows": [row]}])
+    assert text.endswith("| an_op | 100 | 150 | 200 | 120 | 98 | **190** |\n")
+    assert "the median of 20 rounds of 100 calls" in text
 
 
 def test_cuda_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["run", "--device", "cuda"]) == 2
     assert "run: device cuda: PyTorch sees no GPU" in capsys.readouterr().out
-    assert command.main(["run", "--device", "tpu"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["run", "--device", "tpu"])
+    assert "device" in capsys.readouterr().err
 
 
 def test_ratios_pair_values_of_the_same_round():
@@ -657,15 +662,15 @@ def test_only_what_the_change_concerns_is_measured_again(tmp_path, monkeypatch, 
     git("init", "-q")
     git("add", "-A")
     git("commit", "-qm", "first")
-    file, plan = tmp_path / "results.json", {"ops": ("cosine",), "rounds": 7}
+    file, plan = tmp_path / "results.csv", {"ops": ("cosine",), "rounds": 7}
     env = {"clean": True, "commit": git("rev-parse", "HEAD"), "torch": torch.__version__}
 
     def ran(op="cosine", **change) -> bool:
-        content = {"environment": env, "plan": plan} | change
-        environment.write_json(file, content)
-        return environment.measured(file, plan, *environment.sources(op))
+        storage.write(file, "ops", {"environment": env, "plan": plan, "rows": []} | change)
+        return environment.measured(storage.run(file, "ops"), plan, *environment.sources(op))
 
-    assert not environment.measured(file, plan) and ran() and "measured already" in capsys.readouterr().out
+    assert not environment.measured(storage.run(file, "ops"), plan)
+    assert ran() and "measured already" in capsys.readouterr().out
     assert not ran(plan={**plan, "rounds": 8})
     assert not ran(environment={**env, "clean": False}) and not ran(environment={**env, "torch": "1.0"})
     assert not ran(environment={**env, "commit": "0" * 40})
@@ -714,8 +719,8 @@ def line(metric: str, bound: float, results: dict, key: str = "at_least") -> dic
     ],
 )
 def test_check_judges_a_line(results, tmp_path, capsys, metric, key, bound, state):
-    file, lines = tmp_path / "results.json", tmp_path / "targets.toml"
-    environment.write_json(file, results)
+    file, lines = tmp_path / "results.csv", tmp_path / "targets.toml"
+    storage.write(file, "ops", results)
     fields = {**line(metric, bound, results, key), "short": "tried two things"}
     lines.write_text("[[line]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
     assert targets.evaluate(fields, results).state == state
@@ -759,14 +764,14 @@ def test_every_line_has_a_row_and_a_bound():
 def test_only_a_crash_of_the_compiler_is_no_failure(results, tmp_path, capsys):
     crash = "row peer: raised InductorError: AssertionError"
     wrong = "row fss_kernels: raised InductorError: AssertionError"
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.csv"
     assert command._finish(results | {"failures": [crash]}, path) == 0
-    written = json.loads(path.read_text())
+    written = storage.run(path, "ops")
     assert written["failures"] == [] and written["notes"] == [crash] and crash in capsys.readouterr().out
     assert command.main(["check", str(path), "--allow-short"]) in (0, 1) and crash in capsys.readouterr().out
     assert command._finish(results | {"failures": [crash, wrong]}, path) == 1
-    failed = json.loads(path.with_name("results.json.failed").read_text())
-    assert failed["failures"] == [wrong] and json.loads(path.read_text()) == written
+    failed = storage.run(path.with_suffix(".failed.csv"), "ops")
+    assert failed["failures"] == [wrong] and storage.run(path, "ops") == written
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -783,7 +788,7 @@ def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, ca
     assert "absent" not in {v.provider for v in session.visits}
     found = {**results, **{k: v for k, v in session.results().items() if k in ("peers", "failures")}}
     assert bool(found["failures"]) != optional
-    assert command._finish(found, tmp_path / "results.json") == (0 if optional else 1)
+    assert command._finish(found, tmp_path / "results.csv") == (0 if optional else 1)
     printed = capsys.readouterr().out
     assert "No module named 'absent'" in printed and ("optional peer absent" in printed) == optional
     outcomes = [targets.evaluate(line("roof", 0.1, results), found)]
@@ -791,11 +796,11 @@ def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, ca
 
 
 def test_report_shows_every_provider(results, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "no-sweeps")
-    file, page = tmp_path / "results.json", tmp_path / "page" / "index.html"
-    environment.write_json(file, results)
-    assert command.main(["report", str(file), "--out", str(page)]) == 0
-    html = page.read_text()
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "no-sweeps")
+    file, written = tmp_path / "results.csv", tmp_path / "page" / "index.html"
+    storage.write(file, "ops", results)
+    assert command.main(["report", str(file), "--out", str(written)]) == 0
+    html = written.read_text()
     assert html.count("<svg") == len(ROWS) and "Time against size" not in html  # one size each
     for entry in results["rows"]:
         assert entry["provider"].removeprefix("ceiling:") in html and entry["size"] in html
@@ -853,17 +858,17 @@ print(models.peak(None, "dpcn:train:ours"))
     assert 50e6 < int(done.stdout) < large.nbytes
 
 
-def test_readme_shows_networks(tmp_path, monkeypatch):
-    """The program measures small networks; their rows have a table of their own in the README."""
-    out = tmp_path / "models.json"
+def test_a_page_shows_networks(tmp_path, monkeypatch):
+    """The program measures small networks; their rows have a table of their own."""
+    out = tmp_path / "networks.csv"
     monkeypatch.setattr(models, "peak_of_a_process", lambda *_: 10**6)
     assert models.run(dataclasses.replace(models.QUICK, rounds=2, network_rounds=1), out) == 0
-    found = json.loads(out.read_text())
-    text = report.readme_section([found])
+    found = storage.run(out, "networks")
+    text = page(networks=[found])
     for name, mode in ((n, m) for n in models.NETWORKS for m in models.MODES):
         assert f"| {name} | tiny-65 | {mode} | our kernels | 1 |" in text
         assert f"| {name} | tiny-65 | {mode} | reference | 1 |" in text
-    assert "| support_activation | tiny-65 | forward+backward | literal | 2 |" in text and "| op |" not in text
+    assert "| support_activation | tiny-65 | forward+backward | literal | 2 |" in text
     used = {
         "dpcn": {"dense_cosine_max", "dynamic_conv2d", "masked_avg_pool"},
         "support_activation": {"dense_cosine_max"},
@@ -875,28 +880,30 @@ def test_readme_shows_networks(tmp_path, monkeypatch):
         assert e["throughput"] * e["seconds"]["median"] == pytest.approx(1)
 
 
-def test_readme_says_where_the_time_of_a_network_goes(tmp_path):
+def test_a_page_says_where_the_time_of_a_network_goes():
     """The largest share first, and no op below half a percent; files from before these fields show what they have."""
     e = {"op": "dpcn", "size": "a", "dtype": "float32", "mode": "train", "provider": measure.OURS, "correct": True}
     e |= {"seconds": {"median": 0.5, "all": [0.5, 0.4, 0.75]}, "ratio_to_ours": 1.0, "roof_fraction": None}
     e |= {"share_in_ops": 0.084, "extra_bytes": 2e6, "peak_resident_bytes": 3e6}
     file = {**environment.environment(), "plan": {"ops": ["dpcn"]}, "peers": [], "rows": [e]}
-    assert "| 3 | 0.500 | 0.400 to 0.750 | 1 |  | 8 % | 2 | 3 |" in report.readme_section([file])
+    assert "| 3 | 0.500 | 0.400 to 0.750 | 1 |  | 8 % | 2 | 3 |" in page(networks=[file])
     e |= {"throughput": 4.0, "shares": {"a_small": 0.004, "b_less": 0.03, "c_more": 0.05}}
-    assert "| 4 | 8 % (c_more 5, b_less 3) | 2 | 3 |" in report.readme_section([file])
+    assert "| 4 | 8 % (c_more 5, b_less 3) | 2 | 3 |" in page(networks=[file])
 
 
 def test_time_in_ops_is_kept_apart(monkeypatch):
     """Forward and backward of an op count for it and for no other; afterwards everything is as it was."""
     slow = {"masked_avg_pool": ("forward", 0.02), "prototype_cosine": ("backward", 0.3)}
     for name, (direction, seconds) in slow.items():
-        implementation = _op.ops[name].backends["reference"]
+        implementation = _library.ops[name].backends["reference"]
         kept = getattr(implementation, direction)
         late = lambda *args, run=kept, seconds=seconds: (time.sleep(seconds), run(*args))[1]  # noqa: E731
         monkeypatch.setattr(implementation, direction, late)
 
     def functions():
-        return {n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _op.ops.items()}
+        return {
+            n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _library.ops.items()
+        }
 
     before = functions()
     x, p = torch.ones(1, 2, 4, 4, requires_grad=True), torch.ones(1, 1, 2)
@@ -924,9 +931,9 @@ def test_a_network_with_wrong_numbers_gets_no_speed(tmp_path, monkeypatch, capsy
     one = task(calls)
     monkeypatch.setattr(models, "tasks", lambda plan: [one])
     monkeypatch.setattr(models, "peak_of_a_process", lambda *_: 10**6)
-    out = tmp_path / "models.json"
+    out = tmp_path / "networks.csv"
     assert models.run(models.QUICK, out) == 1 and not out.exists()
-    found = json.loads((tmp_path / "models.json.failed").read_text())
+    found = storage.run(tmp_path / "networks.failed.csv", "networks")
     refused = {"crashing", "wrong", "nan"}
     for e in found["rows"]:
         bad = e["provider"] in refused
@@ -948,7 +955,7 @@ def test_a_training_step_is_checked_by_its_gradients(name, monkeypatch):
     assert len(results) == 3  # loss, gradients of the backbone and of the head
     assert all(torch.equal(a, b) for a, b in zip(results, step.checks["reference"](), strict=True))
     assert {n: v.message for n, v in models.verdicts(step).items()} == {measure.OURS: "", "reference": ""}
-    implementation = _op.ops["masked_avg_pool"].backends["cpp"]
+    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
     backward = implementation.backward
     monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
     found = models.verdicts(step)
@@ -978,42 +985,68 @@ def test_a_hopeless_provider_sits_out_after_two_rounds(monkeypatch):
 
 
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
-    """The picture, docs and every op's README: what is stale is found and replaced, and nothing beside it."""
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    folders = {spec.op.folder or name for name, spec in testing.specs().items()}
-    files = [tmp_path / "docs" / "reliability.md"]
-    files += [tmp_path / "fss_kernels" / "ops" / f / "README.md" for f in sorted(folders)]
-    picture = tmp_path / "docs" / "benchmarks" / "overview.svg"
-    blocks = [f"<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\n" for name in ("benchmarks", "reliability")]
-    for file in files:
-        environment.write_text(file, "before\n" + "between\n".join(blocks) + "after\n")
+    """Stale pages and blocks are found and replaced, and nothing beside them; a page without a machine goes."""
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "results")
+    blocks = {"docs/benchmarks/index.md": "machines", "docs/reliability.md": "reliability"}
+    for file, name in blocks.items():
+        text = f"before\n<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\nafter\n"
+        environment.write_text(tmp_path / file, text)
+    index, reliable = (tmp_path / file for file in blocks)
+    folder = index.parent
+    environment.write_text(folder / "gone.md", f"# A machine without results\n\n{pages.GENERATED}\n")
+    environment.write_text(folder / "by-hand.md", "# Not generated\n")
     arguments = ["readme", "--root", str(tmp_path)]
+    for more in ([], ["--check"]):
+        assert command.main([*arguments, *more]) == 0
+        assert "there are no results in" in capsys.readouterr().out and "stale text" in index.read_text()
+    storage.write(tmp_path / "results" / "ops" / "machine.csv", "a", results)
+    assert command.main([*arguments, "--check"]) == 1 and "stale text" in index.read_text()
+    assert "machine.md differs" in capsys.readouterr().out and not (folder / "machine.md").exists()
     assert command.main(arguments) == 0
-    assert "skipped, no results" in capsys.readouterr().out
-    environment.write_json(tmp_path / "results" / "machine.json", results)
-    assert command.main([*arguments, "--check"]) == 1 and "stale text" in files[0].read_text()
-    assert str(picture) in capsys.readouterr().out and not picture.exists()
-    assert command.main(arguments) == 0
-    text = files[0].read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text\n<!-- benchmarks:end" in text
-    assert "| `make fuzz` |" in text.partition("between")[2] and "stale" not in text.partition("between")[2]
-    assert picture.read_text().startswith("<svg")
-    tables = "".join(file.read_text() for file in files[1:])
-    assert all(row.size in tables for row in ROWS) and "| fastest peer |" in tables
-    for file in files[1:]:
-        own = {r.op for r in ROWS if (testing.specs()[r.op].op.folder or r.op) == file.parent.name}
-        assert {r.op for r in ROWS if f"| {r.op} |" in file.read_text()} == own
-        assert ("Not measured yet." in file.read_text()) == (not own)
+    assert sorted(p.name for p in folder.iterdir()) == ["by-hand.md", "index.md", "machine.md"]
+    for file in (index, reliable):
+        text = file.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
+    count = len({row.op for row in ROWS})
+    assert "](machine.md) |" in index.read_text() and f"| {count} of {len(OPS)} |" in index.read_text()
+    assert "| `make fuzz` |" in reliable.read_text()
+    text = (folder / "machine.md").read_text()
+    sections = {part.partition("\n")[0]: part for part in text.split("\n### ")[1:]}
+    for op in OPS:
+        own = [row for row in ROWS if row.op == op]
+        assert all(f"| {row.size} | {row.dtype} | {row.mode} |" in sections[op] for row in own)
+        assert ("This op is not measured on this machine." in sections[op]) == (not own)
     assert command.main([*arguments, "--check"]) == 0
-    environment.write_text(files[1], files[1].read_text().replace("between", "another").replace("easured", "easuring"))
-    capsys.readouterr()
-    assert command.main([*arguments, "--check"]) == 1 and str(files[1]) in capsys.readouterr().out
-    assert command.main(arguments) == 0
-    picture.write_text(picture.read_text().replace("fastest", "slowest"))
-    assert command.main([*arguments, "--check"]) == 1 and str(picture) in capsys.readouterr().out
-    files[0].write_text("no markers")
+    for file, before, after in ((folder / "machine.md", "easured", "easuring"), (index, "machine.md", "other.md")):
+        environment.write_text(file, file.read_text().replace(before, after))
+        capsys.readouterr()
+        assert command.main([*arguments, "--check"]) == 1 and str(file) in capsys.readouterr().out
+        assert command.main(arguments) == 0
+    reliable.write_text("no markers")
     assert command.main([*arguments, "--check"]) == 1
-    assert "no <!-- reliability:begin -->" in capsys.readouterr().out and files[0].read_text() == "no markers"
+    assert f"{reliable}: no <!-- reliability:begin -->" in capsys.readouterr().out
+
+
+def test_lint_needs_no_results(tmp_path):
+    """A copy without the folder of results: every module is imported and the documents count as right."""
+    tree = tmp_path / "tree"
+    for folder in ("benchmarks", "docs"):
+        ignored = shutil.ignore_patterns("results", "__pycache__")
+        shutil.copytree(environment.ROOT / folder, tree / folder, ignore=ignored)
+    (tree / "fss_kernels").symlink_to(environment.ROOT / "fss_kernels")
+    (tree / "fss_models").symlink_to(environment.ROOT / "fss_models")
+    env = {**os.environ, "PYTHONPATH": str(tree)}
+    modules = ", ".join(f"benchmarks.{p.stem}" for p in sorted((tree / "benchmarks").glob("[a-z]*.py")))
+    for options in (["-c", f"import fss_kernels, {modules}"], ["-m", "benchmarks", "readme", "--check"]):
+        done = subprocess.run([sys.executable, *options], cwd=tree, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert f"there are no results in {tree / 'benchmarks' / 'results'}" in done.stdout
+
+
+def page(ops: tuple = (), networks: tuple = (), sweeps: tuple = (), overhead: tuple = (), lines: tuple = ()) -> str:
+    """The page of a machine with these results; every op that has rows is shown."""
+    runs = {"ops": ops, "networks": networks, "sweeps": sweeps, "overhead": overhead}
+    return pages.machine_page({kind: [*results] for kind, results in runs.items()}, [], [*lines])
 
 
 def entry(op: str, ratio: float, provider: str = measure.OURS, **fields) -> dict:
@@ -1044,7 +1077,7 @@ def test_a_ratio_says_who_wins(value, text, winner):
     assert (report.ratio(value), report.verdict(value)) == (text, winner)
 
 
-def test_readme_lists_where_we_do_not_win():
+def test_a_page_lists_where_we_do_not_win():
     """Rows in which a peer is faster, or as fast, and the promises that are not kept, of the ops measured."""
     ratios = {"a": 0.9, "b": 1.01, "c": 2.0}
     rows = [
@@ -1058,64 +1091,63 @@ def test_readme_lists_where_we_do_not_win():
         {**key, "size": "d", "metric": "extra_bytes", "at_most": 1.05, "issue": "no row"},
         {**key, "op": "another_op", "size": "a", "metric": "roof", "at_least": 0.6, "issue": "not measured"},
     ]
-    text = report.readme_section([result_file(rows)], lines=lines)
+    text = page([result_file(rows)], lines=lines)
     assert "\nA peer is faster in 1 of 3 rows: an_op a forward (p 0.90).\n" in text
     assert "\nA peer is as fast in 1 of 3 rows: an_op b forward (p 1.01).\n" in text
     assert "| p | **0.90** |" in text and "| p | 1.01 (tie) |" in text and "| p | 2.00 |" in text
-    short = text.partition("Promised and not kept here, 3 of 4 lines")[2].partition("---:|---|\n")[2].splitlines()
+    assert "`benchmarks/targets.toml` promises 4 figures of these rows." in text
+    short = text.partition("This machine does not reach 3 of them:")[2].partition("---:|---|\n")[2].splitlines()
     assert short[:3] == [
         "| most of the roof | an_op a forward | roof ≥ 0.6 | 0.500 | two things |",
         "| faster than p | an_op a forward | peer:p ≥ 1.6 | 0.900 | \N{EN DASH} |",
         "| no row | an_op d forward | extra_bytes ≤ 1.05 | \N{EN DASH} | \N{EN DASH} |",
     ]
     assert "much faster than p" not in text and "not measured" not in text
-    kept = report.readme_section([result_file(rows[4:])], lines=lines[2:3])
-    assert "All 1 promised figures" in kept and "Promised and not" not in kept and "A peer is" not in kept
+    kept = page([result_file(rows[4:])], lines=lines[2:3])
+    assert "reaches all 1 figures" in kept and "does not reach" not in kept and "A peer is" not in kept
 
 
-def test_readme_compares_with_released_code(monkeypatch):
+def test_a_page_compares_with_released_code(monkeypatch):
     """The fastest of it, not the slowest peer; a file from before the field asks the registry; a dash without any."""
     rows = [entry("an_op", r, name) for name, r in ((measure.OURS, 1), ("fast", 2), ("slow", 50), ("late", 60))]
     records = [{"op": "an_op", "name": name, "error": None, "version": ""} for name in ("fast", "slow", "late")]
-    ours = "| an_op | a | float32 | forward | 2.00 | 7 | 3.0 | 50 | memory | fast | 2.00 |"
-    assert f"{ours} \N{EN DASH} | \N{EN DASH} | 0.4 |" in report.readme_section([result_file(rows, records)])
+    ours = "| a | float32 | forward | 2.00 | 7 | 3.0 | 50 | memory | fast | 2.00 |"
+    assert f"{ours} \N{EN DASH} | \N{EN DASH} | 0.4 |" in page([result_file(rows, records)])
     monkeypatch.setitem(
         peers.registry,
         "an_op",
         [SimpleNamespace(name="fast", released=False), SimpleNamespace(name="late", released=True)],
     )
-    assert f"{ours} late | 60.0 | 0.4 |" in report.readme_section([result_file(rows, records)])
+    assert f"{ours} late | 60.0 | 0.4 |" in page([result_file(rows, records)])
     new = [r | {"released": r["name"] != "fast"} for r in records]
-    assert f"{ours} slow | 50.0 | 0.4 |" in report.readme_section([result_file(rows, new)])
+    assert f"{ours} slow | 50.0 | 0.4 |" in page([result_file(rows, new)])
 
 
-def test_readme_names_what_a_run_lacked():
+def test_a_page_names_what_a_run_lacked():
     """Peers that were missing, those on which the compiler crashed, and a roof that did not count products."""
     errors = {"here": None, "absent": "No module named 'absent'", "other": "does this on a GPU only"}
     records = [{"op": "an_op", "name": n, "error": e, "version": ""} for n, e in errors.items()]
     rows = [entry("an_op", 1), entry("an_op", 2, "here")]
     notes = ["an_op[a, float32, forward] here: raised InductorError: AssertionError", "b_op[a] p: raised InductorError"]
-    text = report.readme_section([result_file(rows, records, notes=notes)])
-    assert (
-        "6 samples; missing peers: absent, other (GPU only); PyTorch's compiler crashed on an_op[a, float32, " in text
-    )
-    assert "forward] here\n" in text and "b_op" not in text and "of memory alone" not in text
+    text = page([result_file(rows, records, notes=notes)])
+    assert "Each row has 6 samples of our time. These peers were missing: absent, other (GPU only). PyTorch" in text
+    assert "PyTorch's compiler crashed on an_op[a, float32, forward] here.\n" in text
+    assert "b_op" not in text and "memory traffic alone" not in text
     before = [{k: v for k, v in r.items() if k != "bound"} for r in rows]
-    assert "6 samples; the roof is of memory alone\n" in report.readme_section([result_file(before)])
+    assert "of our time. The roof counts memory traffic alone.\n" in page([result_file(before)])
 
 
-def test_an_op_has_its_own_rows_of_every_machine():
-    """Of files with several ops; lines and peers of other ops stay away."""
+def test_an_op_has_its_own_rows():
+    """Of results with several ops; peers of other ops stay away, and an op without rows is not measured."""
     rows = [entry(op, r, name) for op in ("one", "two") for name, r in ((measure.OURS, 1), (f"peer of {op}", 2))]
     records = [{"op": op, "name": f"absent of {op}", "error": "no", "version": ""} for op in ("one", "two")]
-    first, second = result_file(rows, records), result_file(rows[:2])
-    second["environment"] |= {"cpu": "another machine"}
-    line = {"size": "a", "dtype": "float32", "mode": "forward", "metric": "roof", "at_least": 0.6, "level": "must"}
-    lines = [{**line, "op": op, "issue": f"promise of {op}"} for op in ("one", "two")]
-    text = report.op_section([first, second], ["one"], lines)
-    assert text.count("| one |") == 2 and text.count("\n### ") == 2 and "### another machine\n" in text
-    assert text.count("promise of one") == 2 and "absent of one" in text and "two" not in text
-    assert report.op_section([first], ["three"], lines) == "Not measured yet."
+    runs = {**{kind: [] for kind in pages.KINDS}, "ops": [result_file(rows, records)]}
+    sections = pages.machine_page(runs, ["three", "two", "one"], []).split("\n### ")[1:4]
+    assert [part.partition("\n")[0] for part in sections] == ["three", "two", "one"]
+    assert "This op is not measured on this machine." in sections[0] and "|" not in sections[0]
+    for part, own, other in ((sections[1], "two", "one"), (sections[2], "one", "two")):
+        assert part.count(f"| peer of {own} |") == 1 and f"absent of {own}." in part and f"of {other}" not in part
+        assert "not measured" not in part
 
 
 @pytest.mark.parametrize("worker, recorded", [(False, 1), (True, 0)])
@@ -1176,49 +1208,53 @@ def test_a_planted_fault_is_taken_back(tmp_path, monkeypatch):
     assert library.read_bytes() == b"built" and (tmp_path / header).read_text() == before
 
 
-def test_long_runs_are_counted(tmp_path):
+def test_long_runs_are_counted(tmp_path, monkeypatch):
     """Rounds of one fuzz run add up, those of an earlier run do not; a run that was never made says so."""
-    folder, wheels = tmp_path / "reliability", tmp_path / "wheel"
-    assert reliability.markdown(folder, wheels).count("no whole run is recorded yet") == 3
-    reliability.add_round("1", "7", {"masked_avg_pool": 9000}, 1, folder)
+    monkeypatch.setattr(storage, "RESULTS", tmp_path)
+    assert reliability.markdown().count("no whole run is recorded yet") == 3
+    reliability.add_round("1", "7", {"masked_avg_pool": 9000}, 1)
     started = str(int(time.time()) - 1800)
     for seed, count in ((8, 500), (9, 700)):
-        reliability.add_round(started, str(seed), {"masked_avg_pool": count, "dense_cosine_max": 1}, 0, folder)
-    assert [r["seed"] for r in reliability.read("fuzz", folder)["rounds"]] == ["8", "9"]
+        reliability.add_round(started, str(seed), {"masked_avg_pool": count, "dense_cosine_max": 1}, 0)
+    assert [r["seed"] for r in reliability.read("fuzz")["rounds"]] == ["8", "9"]
     cases = [{"op": op, "isa": "avx2", "sanitizer": s, "count": 30} for op in ("a", "b") for s in ("thread", "address")]
-    reliability.record("sanitize", {"seed": 1, "cases": cases, "failures": ["x"]}, folder)
+    reliability.record("sanitize", {"seed": 1, "cases": cases, "failures": ["x"]})
     faults = {"a/one": "test", "a/two": None, "b/one": "test"}
-    reliability.record("mutants", {"whole": 5, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]}, folder)
-    assert "| `make mutants` | no whole run is recorded yet" in reliability.markdown(folder, wheels)
-    reliability.record("mutants", {"whole": 4, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]}, folder)
+    reliability.record("mutants", {"whole": 5, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]})
+    assert "| `make mutants` | no whole run is recorded yet" in reliability.markdown()
+    reliability.record("mutants", {"whole": 4, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]})
     log = {**environment.environment(), "wheel": {"file": "w.whl"}, "runs": [{"torch": "2.15.0"}, {"torch": "2.10.0"}]}
-    environment.write_json(wheels / "linux.json", log)
-    fuzzed, sanitized, mutants, wheel = reliability.markdown(folder, wheels).splitlines()[2:]
+    assert reliability.wheel_log("linux") is None
+    assert reliability.record_wheel("linux", log) == tmp_path / "wheel" / "linux.csv"
+    assert reliability.wheel_log("linux") == log
+    found = reliability.read("mutants")
+    assert (found["faults"], found["not_run"], found["whole"]) == (faults, ["a/z"], 4)
+    fuzzed, sanitized, mutants, wheel = reliability.markdown().splitlines()[2:]
     assert "2 rounds in 30 minutes, 1,202 random calls: dense_cosine_max 2, masked_avg_pool 1,200 | 0 tests" in fuzzed
     assert "60 calls under thread, 60 calls under address: a, b | 1 failed" in sanitized
     assert "3 planted faults: a 2, b 1; 1 more, of" in mutants and "| 2 caught" in mutants and "2.10.0, 2.15.0" in wheel
 
 
 def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, capsys):
-    """An older file keeps the ops that a newer one has not, and another machine its own; a line of an op without
+    """An older run keeps the ops that a newer one has not, and another machine its own; a line of an op without
     results is missing."""
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(storage, "RESULTS", tmp_path)
 
-    def write(name, op, date, cpu=results["environment"]["cpu"]):
+    def write(name, op, date, machine="machine"):
         one = copy.deepcopy(results)
-        one["environment"] |= {"date": date, "cpu": cpu}
+        one["environment"]["date"] = date
         one["plan"]["ops"] = [op]
         for record in one["rows"] + one["peers"]:
             record["op"] = op
-        environment.write_json(tmp_path / f"{name}.json", one)
+        storage.write(tmp_path / "ops" / f"{machine}.csv", name, one)
         return one["rows"]
 
     write("a", "one", "2026-01-01T00:00:00+00:00")
     rows = write("b", "one", "2026-01-03T00:00:00+00:00")
     write("c", "two", "2026-01-02T00:00:00+00:00")
     write("d", "two", "2026-01-01T00:00:00+00:00", "another")
-    chosen = {f["file"]: {r["op"] for r in f["rows"]} for f in command._newest()}
-    assert chosen == {"b.json": {"one"}, "c.json": {"two"}, "d.json": {"two"}}
+    chosen = {(r["machine"], r["name"]): {row["op"] for row in r["rows"]} for r in storage.newest("ops", "networks")}
+    assert chosen == {("machine", "b"): {"one"}, ("machine", "c"): {"two"}, ("another", "d"): {"two"}}
     ours = next(r for r in rows if r["provider"] == measure.OURS)
     lines = tmp_path / "lines.toml"
     line = '[[line]]\nop = "{}"\nsize = "{}"\ndtype = "{}"\nmode = "{}"\nmetric = "roof"\nat_least = 0\nissue = "x"\n'
@@ -1232,13 +1268,13 @@ def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, ca
 
 
 def test_run_refuses_unknown_ops(capsys):
-    assert command.main(["run", "nothing"]) == 2
+    assert command.main(["run", "--ops", "nothing"]) == 2
     assert "unknown ops nothing" in capsys.readouterr().out
 
 
 def test_run_says_how_to_get_the_ceilings(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fss_kernels._native", None)
-    assert command.main(["run", OPS[0]]) == 2
+    assert command.main(["run", "--ops", OPS[0]]) == 2
     assert "run `FSS_KERNELS_BUILD=native python setup.py build_ext --inplace`" in capsys.readouterr().out
 
 
@@ -1249,12 +1285,12 @@ def test_numerics_need_no_command_line_packages():
 
 
 def test_run_from_end_to_end(tmp_path, capsys):
-    out = tmp_path / "results.json"
+    out = tmp_path / "results.csv"
     spec = testing.specs()[OPS[0]]
     size = next(iter(spec.sizes))
     options = ["--tiny", "--sizes", size, "--exclude", *COMPILED, "--rounds", "2", "--repeats", "2"]
-    assert command.main(["run", OPS[0], *options, "--out", str(out)]) == 0, capsys.readouterr().out
-    found = json.loads(out.read_text())
+    assert command.main(["run", "--ops", OPS[0], *options, "--out", str(out)]) == 0, capsys.readouterr().out
+    found = storage.run(out, "ops")
     assert found["failures"] == [] and "clean" in found["environment"] and "commit" in found["environment"]
     assert found["environment"]["allocator"] == environment.ALLOCATOR
     assert found["environment"]["threads"] == environment.cores()
