@@ -80,6 +80,9 @@ def run(
     named = tuple(sorted({name for kind, _, name in metrics if kind == "peer"} - {"fastest"}))
     groups: dict[Path, list[str]] = {}
     for op in ops or known:
+        if sweep and not known[op].axes:
+            _say(f"run: {op} has no axes to sweep")
+            continue
         folder = RESULTS / "sweeps" if sweep else RESULTS
         path = Path(out) if out else folder / f"{environment.machine_slug()}-{known[op].op.folder or op}.json"
         groups.setdefault(path, []).append(op)
@@ -363,7 +366,7 @@ def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
 
 
 def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
-    """Regenerates the tables of the README, and of every op's, from benchmarks/results.
+    """Regenerates the tables of the README, and of every op's, from the specs and benchmarks/results.
 
     Args:
         check: only compare; exit with 1 on a difference
@@ -371,14 +374,16 @@ def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
     """
     from benchmarks import reliability
     from benchmarks import overhead as costs
-    from benchmarks.report import op_section, readme_section, replace_section
+    from benchmarks.report import op_section, op_table, readme_section, replace_section
 
     committed, lines = _newest(), targets.load()
     if not committed:
         _say(f"readme: skipped, no results in {RESULTS}")
         return 0
     whole = readme_section(committed, costs.markdown(), _sweeps(), lines)
-    sections = {Path(root, "README.md"): {"benchmarks": whole, "reliability": reliability.markdown()}}
+    sections = {
+        Path(root, "README.md"): {"benchmarks": whole, "reliability": reliability.markdown(), "ops": op_table()}
+    }
     for folder, ops in _folders().items():
         path = Path(root, "fss_kernels", "ops", folder, "README.md")
         sections[path] = {"benchmarks": op_section(committed, ops, lines)}

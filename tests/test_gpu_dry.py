@@ -174,15 +174,15 @@ def test_a_wrong_and_a_crashing_provider_get_no_speed(monkeypatch, no_compiler):
     def crash(*args, **options):
         raise RuntimeError("out of order")
 
-    good = next(p for p in peers.registry[ROW.op] if p.name == "eager")
-    crashing = dataclasses.replace(good, name="crashing", build=lambda tensors, options: crash)
-    unbuilt = dataclasses.replace(good, name="unbuilt", build=crash)
-    monkeypatch.setitem(peers.registry, ROW.op, [good, crashing, unbuilt])
+    good = next(p for p in peers.of(ROW.op) if p.name == "eager")
+    crashing = dataclasses.replace(good, name="crashing", function=crash)
+    unbuilt = dataclasses.replace(good, name="unbuilt", form="unknown")
+    monkeypatch.setattr(peers, "of", lambda op: (good, crashing, unbuilt))
     monkeypatch.setattr(testing, "specs", lambda: {ROW.op: wrong})
     found = entries("peers")
     assert found["eager"]["seconds"] is not None and found["eager"]["ratio_to_ours"] is None
     assert found[OURS]["correct"] is False and "times the allowed" in found[OURS]["refused"]
-    assert "out of order" in found["crashing"]["refused"] and "out of order" in found["unbuilt"]["refused"]
+    assert "out of order" in found["crashing"]["refused"] and "'unknown'" in found["unbuilt"]["refused"]
     refused = [e for e in found.values() if e["refused"]]
     assert all(e["seconds"] is None and e["gbps"] is None and e["roof_fraction"] is None for e in refused)
     assert any(OURS in line for line in gpu.failures({"rows": list(found.values())}, "peers"))

@@ -329,6 +329,10 @@ _COMMON: dict[str, Any] = {
     "differentiable": ("query", "support"),
     "benchmark_sample": _benchmark_sample,
     "cost": _cost,
+    "units": {"grid": "pixels a side", "batch": "samples", "shots": "images", "foreground": "fraction"},
+    "computes": "best cosine of every query pixel with the masked support and where it is, for pixels or windows; both "
+    "directions at once",
+    "replaces": "PFENet's prior, DPCN's support activation, the cycle test of DPNet and CyCTR",
 }
 SPECS = {
     "dense_cosine_max": Spec(
