@@ -87,7 +87,10 @@ def run(
     path = Path(out) if out else storage.here("sweeps" if sweep else "ops")
     groups: dict[str, list[str]] = {}
     for op in ops or known:
-        groups.setdefault("ops" if out else known[op].op.folder or op, []).append(op)
+        if sweep and not known[op].axes:
+            _say(f"run: {op} has no axes to sweep")
+            continue
+        groups.setdefault("ops" if out else known[op].op.folder, []).append(op)
     codes = []
     for name, members in groups.items():
         chosen = (tuple(names) for names in (members, dtypes, sizes, exclude))

@@ -200,10 +200,10 @@ def _forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def providers(
-    row: measure.Row, spec: Spec, stage: str, device: str, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+    row: measure.Row, spec: Spec, stage: str, device: str
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """Functions by name, and why others are missing: our backends and, for ``core``, the usual code, eager and
-    compiled; for ``peers`` the whole registry and its eager code under max-autotune."""
+    compiled; for ``peers`` all of the op's, and their eager code under max-autotune."""
     found, missing = {}, {}
     for backend in ("triton", "cuda", "reference") if device == "cuda" else _loading.BACKENDS:
         reason = spec.op.why_not(backend, device, getattr(torch, row.dtype))
@@ -221,7 +221,7 @@ def providers(
         missing |= {r["name"]: r["error"] for r in records if r["error"] is not None}
     for p in usable:
         try:
-            found[p.name] = p.build(tensors, options)
+            found[p.name] = peers.build(p)
         except Exception as error:
             missing[p.name] = _text(error)
     for name in eager if stage == "peers" else ():
@@ -254,7 +254,7 @@ class Group:
         self.wanted = self.spec.gradients_of(row.mode, first)
         self.cost = self.spec.cost(sample, self.dtype, row.mode)
         self.scratch_bytes = self.spec.scratch_bytes(sample, self.dtype)
-        self.functions, self.missing = providers(row, self.spec, stage, clock.device, first, self.options)
+        self.functions, self.missing = providers(row, self.spec, stage, clock.device)
         ours = [n for n in self.functions if n.startswith(f"{measure.OURS}:")]
         self.verdicts = measure.gate(self.spec, self.dtype, sample, first, self.wanted, self.functions, ours)
         copies = clock.copies(measure.nbytes(first[n] for n in self.spec.features if n in first))

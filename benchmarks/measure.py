@@ -54,7 +54,7 @@ class Plan:
     sizes: tuple[str, ...] = ()  # shell patterns of labels, and classes S, M, L; empty: all
     exclude: tuple[str, ...] = ()  # shell patterns of peers to leave out
     quick: bool = False
-    sweep: bool = False  # the sizes of `sweeps`, and its peers
+    sweep: bool = False  # the sizes of `sweeps`, and the peers that have a part in them
     tiny: bool = False  # every number of a size becomes its square root
     named: tuple[str, ...] = ()  # peers that a bound names: they have the first rounds, however slow
     rounds: int = 10  # interleaved visits of every provider
@@ -277,7 +277,7 @@ class Prepared:
         self.scratch_bytes = spec.scratch_bytes(sample, dtype)
 
         functions = {OURS: spec.function}
-        functions |= {p.name: p.build(first, sample.options) for p in usable if p.takes(row.arguments, row.mode)}
+        functions |= {p.name: peers.build(p) for p in usable if p.takes(row.arguments, row.mode)}
         self.verdicts = gate(spec, dtype, sample, first, self.wanted, functions)
         self.refused = self.verdicts[OURS].message  # our own error refuses the row
         copies = rotations(nbytes(first[n] for n in spec.features if n in first))
@@ -412,15 +412,8 @@ class Session:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         resolved = {op: peers.resolve(op) for op in plan.ops}
-        few = sweeps.QUICK if plan.quick else sweeps.PEERS if plan.sweep else {}
         self.usable = {
-            op: [
-                p
-                for p in usable
-                if p.name not in (*selected([p.name], plan.exclude), *peers.NOT_ON_CPU.get(op, ()))
-                and p.name in few.get(op, (p.name,))
-                and not (plan.quick and p.name.startswith("compile("))
-            ]
+            op: [p for p in peers.chosen(usable, plan.quick, plan.sweep) if not selected([p.name], plan.exclude)]
             for op, (usable, _) in resolved.items()
         }
         self.peers = [record for _, records in resolved.values() for record in records]

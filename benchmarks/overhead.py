@@ -1,7 +1,7 @@
 """What a call costs the host: inputs of a few elements, so that time is dispatch, checks and autograd, not the kernel.
 
 Columns: the forward without a gradient, the forward that keeps what a gradient needs, with the backward, and the
-compiled forward; beside them the usual PyTorch code, forward and with the backward.
+compiled forward; beside them the usual PyTorch code, the first of the op's peers, forward and with the backward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _calls(op: str) -> dict[str, Callable[[], Any]]:
     plain = spec.cast(sample, torch.float32)
     wanted = spec.gradients_of("forward+backward", plain)
     leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in plain.items()}
-    usual = next(p for p in peers.resolve(op)[0] if p.applies(arguments)).build(plain, sample.options)
+    usual = next((peers.build(p) for p in peers.resolve(op)[0] if p.applies(arguments)), None)
     compiled = torch.compile(spec.function, dynamic=False)
 
     def forward(function: Callable[..., Any], tensors: dict[str, Any]) -> Callable[[], Any]:
@@ -46,15 +46,9 @@ def _calls(op: str) -> dict[str, Callable[[], Any]]:
 
         return run
 
-    calls = (
-        forward(spec.function, plain),
-        forward(spec.function, leaves),
-        both(spec.function),
-        forward(compiled, plain),
-        forward(usual, plain),
-        both(usual),
-    )
-    return dict(zip(COLUMNS, calls, strict=True))
+    calls = [forward(spec.function, plain), forward(spec.function, leaves), both(spec.function)]
+    calls += [forward(compiled, plain), *([forward(usual, plain), both(usual)] if usual else [])]
+    return dict(zip(COLUMNS, calls, strict=False))
 
 
 def run(ops: tuple[str, ...], path: Path, rounds: int = ROUNDS, count: int = CALLS) -> dict[str, Any]:
@@ -84,8 +78,9 @@ def header() -> list[str]:
 
 
 def cells(results: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table: medians in microseconds."""
-    return [[r["op"], *(f"{r['microseconds'][c]['median']:.0f}" for c in COLUMNS)] for r in results["rows"]]
+    """The rows of the table: medians in microseconds; an op without peers has none of PyTorch's."""
+    medians = [(r["op"], {c: f"{m['median']:.0f}" for c, m in r["microseconds"].items()}) for r in results["rows"]]
+    return [[op, *(of.get(c, "not measured") for c in COLUMNS)] for op, of in medians]
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -93,7 +88,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
     for line, row in zip(lines[2:], results["rows"], strict=True):
         for ours, usual in (("forward", "PyTorch forward"), ("forward+backward", "PyTorch forward+backward")):
-            median = {name: row["microseconds"][name]["median"] for name in (ours, usual)}
-            if report.verdict(median[usual] / median[ours]) == "peer":
+            median = {name: m["median"] for name, m in row["microseconds"].items()}
+            if usual in median and report.verdict(median[usual] / median[ours]) == "peer":
                 line[header().index(usual)] = f"**{line[header().index(usual)]}**"
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

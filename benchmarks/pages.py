@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import overhead, reliability, report, storage, targets
+from benchmarks import overhead, picture, reliability, report, storage, targets
 from fss_kernels import testing
 
 FOLDER = Path("docs", "benchmarks")
@@ -53,6 +53,7 @@ def blocks() -> dict[Path, dict[str, str]]:
     return {
         FOLDER / "index.md": {"machines": machine_table()},
         Path("docs", "reliability.md"): {"reliability": reliability.markdown()},
+        Path("README.md"): {"ops": report.op_table()},
     }
 
 
@@ -78,7 +79,8 @@ def machines() -> dict[str, dict[str, list[dict[str, Any]]]]:
 def pages() -> dict[Path, str]:
     """The documents that are generated as a whole."""
     lines, ops = targets.load(), [*testing.specs()]
-    return {FOLDER / f"{name}.md": machine_page(runs, ops, lines) for name, runs in machines().items()}
+    documents = {FOLDER / f"{name}.md": machine_page(runs, ops, lines) for name, runs in machines().items()}
+    return documents | {FOLDER / "overview.svg": picture.overview(storage.newest("ops"), testing.specs())}
 
 
 def machine_table() -> str:
@@ -149,7 +151,7 @@ def _sweep(results: dict[str, Any]) -> dict[str, Any]:
         samples |= {row["ours"]["seconds"]["samples"] for row in rows}
         lines.append([
             op,
-            report.AXES[axis],
+            report.axis_title(op, axis),
             ", ".join(row["size"].partition("=")[2] for row in rows),
             ", ".join(report.ratio(row["fastest"]["ratio_to_ours"]) for row in rows),
             ", ".join(f"{row['ours']['roof_fraction'] * 100:.0f}" for row in rows),

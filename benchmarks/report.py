@@ -15,12 +15,16 @@ import jinja2
 from benchmarks import peers, targets
 from benchmarks.measure import OURS
 from benchmarks.targets import fastest_peer, row_entries, version_of
+from fss_kernels import ops, testing
 
 TIE = 0.03  # two runs differ by as much
-AXES = {  # of sweeps, with their units
-    "grid": "grid side, pixels", "channels": "channels", "batch": "batch, samples", "shots": "shots, images",
-    "foreground": "foreground, fraction", "prototypes": "prototypes",
-}  # fmt: skip
+# What a kernel of a backend has run on, where an op has one. No GPU has run one yet.
+BACKEND_STATES = {
+    "reference": "✓",
+    "cpp": "✓ default on CPU",
+    "triton": "compiled, run in the interpreter",
+    "cuda": "compiled, never run",
+}
 
 
 def templates() -> jinja2.Environment:
@@ -60,11 +64,11 @@ def crashed(results: dict[str, Any]) -> list[str]:
 
 
 def released(results: dict[str, Any], op: str) -> set[str]:
-    """Names of an op's peers that are code as it was released; files from before the field leave it to the registry."""
+    """Names of an op's peers that are code as it was released; older files leave it to the peers of now."""
     records = [p for p in results["peers"] if p["op"] == op]
     if any("released" in p for p in records):
         return {p["name"] for p in records if p.get("released")}
-    return {p.name for p in peers.registry.get(op, ()) if p.released}
+    return {p.name for p in peers.of(op) if p.released}
 
 
 def _rate(entry: dict[str, Any]) -> str:
@@ -206,12 +210,19 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
         ticks = sorted({v[0] for values in points.values() for v in values})
         panels[1].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
         panels[1].xaxis.minorticks_off()
-        panels[1].set_xlabel(AXES[axis])
+        panels[1].set_xlabel(axis_title(rows[0]["op"], axis))
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def axis_title(op: str, axis: str) -> str:
+    """An axis of a sweep with its unit, if it has one."""
+    spec = testing.specs().get(op)
+    unit = spec.units.get(axis) if spec else None
+    return f"{axis}, {unit}" if unit else axis
 
 
 def by_axis(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -278,3 +289,25 @@ def render(
     return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures,
                            overhead=overhead,
                            sweeps={k: v for s in sweeps for k, v in sweep_plots(s).items()})  # fmt: skip
+
+
+def op_table() -> str:
+    """The README's table of ops, from their specs: a row a folder, with what its kernels have run on."""
+    specs, exported = testing.specs(), vars(ops).values()
+    folders: dict[str, list[testing.Spec]] = {}
+    for name, spec in specs.items():
+        folders.setdefault(spec.op.folder or name, []).append(spec)
+    lines = [
+        "| op | what it computes | replaces | reference | C++ (CPU) | Triton | CUDA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for folder, members in sorted(folders.items()):
+        package = f"fss_kernels.ops.{folder}"
+        public = [f.__name__ for f in exported if getattr(f, "__module__", None) == package]
+        names = dict.fromkeys([*(spec.name for spec in members), *public])
+        page = f"fss_kernels/ops/{folder}/README.md"
+        cells = [f"[{', '.join(f'`{name}`' for name in names)}]({page})"]
+        cells += ["; ".join(dict.fromkeys(getattr(s, text) for s in members)) for text in ("computes", "replaces")]
+        cells += [s if all(b in m.op.backends for m in members) else "none" for b, s in BACKEND_STATES.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -12,8 +12,8 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,47 @@ class Cost:
     screened: bool = False
 
 
+@dataclass(frozen=True)
+class Peer:
+    """An alternative to an op, called as the spec's ``function``; an op's folder lists its own in ``peers.py``.
+
+    Peers are frozen: they call PyTorch, or the library that they are, and nothing of this package, so that a ratio to
+    them changes with our code alone. Only the benchmarks import them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    cannot: str  # in one sentence, what the op does and this does not
+    applies: Callable[[Mapping[str, Any]], bool] = lambda size: True  # to a size: arguments of `benchmark_sample`
+    released: bool = False  # what published repositories run
+    form: str = "eager"  # or "compile", "max-autotune": how PyTorch compiles ``function``
+    part: Callable[..., Any] | None = None  # compiled in every form, and then the first argument of ``function``
+    runs: tuple[str, ...] = ()  # "quick" and "sweep": it has a part in these runs too, as all peers if none says so
+    on_cpu: bool = True  # False where on a CPU its code is that of another peer: left out of runs there
+    backward: bool = True  # has gradients
+    module: str = "torch"  # what it needs; its version is recorded
+    extra: str = ""  # the project's extra that installs the module
+    gpu_only: bool = False  # the module does this on a GPU only
+    optional: bool = False  # may be missing without failing the run
+
+    def takes(self, size: Mapping[str, Any], mode: str) -> bool:
+        """Whether this peer has a place in a row."""
+        return self.applies(size) and (self.backward or mode == "forward")
+
+    def compiled(self, **changes: Any) -> Peer:
+        """The same under ``torch.compile``: no code that was released."""
+        return self._formed("compile", "seconds of compilation per shape", changes)
+
+    def autotuned(self, **changes: Any) -> Peer:
+        """The same under ``torch.compile``, which times several codes for every matrix product."""
+        return self._formed("max-autotune", "up to a minute of compilation per shape", changes)
+
+    def _formed(self, form: str, needs: str, changes: dict[str, Any]) -> Peer:
+        cannot = f"{changes.pop('cannot', self.cannot)}; needs {needs}"
+        same: dict[str, Any] = {"name": f"{form}({self.name})", "form": form, "released": False, "runs": ()}
+        return replace(self, **{**same, "cannot": cannot, **changes})
+
+
 @dataclass(frozen=True, eq=False)
 class Spec:
     """Everything the generic batteries and the benchmarks need to know of one op."""
@@ -91,6 +132,9 @@ class Spec:
     # arguments of `benchmark_sample` and, one varied at a time, other values of them: the plots of time and memory
     base: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)  # of the axes that have one
+    computes: str = ""  # what the README's table of ops says of this op, or of its whole folder
+    replaces: str = ""
     static: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor -> dimensions fixed under torch.compile
     counted: tuple[str, ...] = ()  # tensors of masks, prototypes or shots: of these (dimension 1) there may be 0
     channel_dim: dict[str, int] = field(default_factory=dict)  # feature tensor -> its dimension of channels, if not -3

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import random
@@ -37,7 +40,8 @@ from benchmarks import (
     sweeps,
     targets,
 )
-from fss_kernels import _library, testing
+from fss_kernels import _op, testing
+from fss_kernels.ops.dense_cosine.peers import maxsim_map
 
 sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 import run as mutants
@@ -101,7 +105,7 @@ def test_peers_compute_the_op(row):
 def test_autotuned_peers_compute_the_op(op, monkeypatch):
     """Traced, not tuned: the backend that only traces takes no options."""
     monkeypatch.setattr(peers, "COMPILE", {**peers.COMPILE, "backend": "aot_eager", "mode": None})
-    chosen = [p for p in peers.registry[op] if p.name.startswith("max-autotune")]
+    chosen = [p for p in peers.of(op) if p.form == "max-autotune"]
     assert chosen
     last = {r.mode: r for p in chosen for r in measure.rows(measure.Plan((op,), tiny=True)) if p.applies(r.arguments)}
     for row in last.values():
@@ -135,10 +139,12 @@ def test_peers_of_a_gpu_compute_the_op(mode, monkeypatch):
         assert return_aux.max_scores and values.shape == (*s.shape[:3], 16)
         return q, SimpleNamespace(max_scores=scale * (q @ s.mT).amax(-1))
 
-    monkeypatch.setattr(flex, "flex_attention", attention)
     monkeypatch.setattr(peers, "compiled", lambda function: function)
-    peer = next(p for p in peers.registry["dense_cosine_max"] if p.name == "flex-attention")
-    functions = {"sums": peers.maxsim_map(sums)} | ({"attention": peer.build({}, {})} if mode == "forward" else {})
+    peer = next(p for p in peers.of("dense_cosine_max") if p.name == "flex-attention")
+    assert peer.part is flex.flex_attention
+    functions = {"sums": maxsim_map(sums)}
+    if mode == "forward":
+        functions["attention"] = peers.build(dataclasses.replace(peer, part=attention))
     spec = testing.specs()["dense_cosine_max"]
     rows = measure.rows(measure.Plan((spec.name,), tiny=True))
     for row in (r for r in rows if r.mode == mode and not r.arguments.get("dpcn")):
@@ -162,7 +168,7 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         errors = {r["name"]: r["error"] for r in peers.resolve("dense_cosine_max")[1]}
         assert module in errors[name] and "gpu-peers" in errors[name]
-    flex = next(p for p in peers.registry["dense_cosine_max"] if p.name == "flex-attention")
+    flex = next(p for p in peers.of("dense_cosine_max") if p.name == "flex-attention")
     assert [flex.takes({}, mode) for mode in measure.MODES] == [True, False]
     assert not flex.takes({"dpcn": True}, "forward")
     plan = dataclasses.replace(PLAN, ops=("dense_cosine_max",), rounds=1)
@@ -170,11 +176,105 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
     assert modes == {"forward"}
 
 
-def test_every_op_has_peers_for_every_size():
-    for op in OPS:
-        for size in testing.specs()[op].sizes.values():
-            assert any(p.applies(size) for p in peers.registry[op]), (op, size)
-        assert len({p.name for p in peers.registry[op]}) == len(peers.registry[op])
+def folders() -> dict[str, set[str]]:
+    """The folders of ops that have a peers.py, each with its ops."""
+    found: dict[str, set[str]] = {}
+    for name, spec in testing.specs().items():
+        found.setdefault(spec.op.folder or name, set()).add(name)
+    return {f: ops for f, ops in found.items() if (environment.ROOT / "fss_kernels/ops" / f / "peers.py").exists()}
+
+
+def test_every_size_has_peers():
+    """Of every op whose folder lists peers, under names of their own; none is listed for another op."""
+    assert len(folders()) >= 5
+    for folder, ops in folders().items():
+        assert set(importlib.import_module(f"fss_kernels.ops.{folder}.peers").PEERS) == ops
+        for op in ops:
+            for size in testing.specs()[op].sizes.values():
+                assert any(p.applies(size) for p in peers.of(op)), (op, size)
+            assert len({p.name for p in peers.of(op)}) == len(peers.of(op))
+
+
+def test_peers_are_frozen():
+    """They import the class that they are made of, and nothing else of ours."""
+    for folder in folders():
+        tree = ast.parse((environment.ROOT / "fss_kernels/ops" / folder / "peers.py").read_text())
+        found = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                found += [f"{'.' * node.level}{node.module}.{name.name}" for name in node.names]
+            elif isinstance(node, ast.Import):
+                found += [name.name for name in node.names]
+        assert [n for n in found if n.startswith((".", "fss", "benchmarks"))] == ["fss_kernels.testing.Peer"], folder
+
+
+def test_only_benchmarks_import_peers():
+    code = "import sys, fss_kernels.__main__\nfrom fss_kernels import testing\ntesting.specs()\n"
+    code += "print([m for m in sys.modules if m.endswith('.peers') or m.partition('.')[0] == 'benchmarks'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_peer_has_a_known_form():
+    """In each of them it is called as the op; a part of it that is compiled comes first."""
+    plain = peers.Peer("double", lambda x: 2 * x, "halves")
+    forms = (plain, plain.compiled(), plain.autotuned(cannot="thirds", released=True))
+    assert [(p.name, p.released) for p in forms] == [
+        ("double", False), ("compile(double)", False), ("max-autotune(double)", True),
+    ]  # fmt: skip
+    assert forms[1].cannot == "halves; needs seconds of compilation per shape"
+    assert forms[2].cannot == "thirds; needs up to a minute of compilation per shape"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "COMPILE", {"backend": "eager"})
+        for peer in forms:
+            assert peers.build(peer)(torch.ones(2)).tolist() == [2, 2]
+        part = dataclasses.replace(plain, function=lambda add, x: add(x, 3), part=torch.add)
+        assert peers.build(part)(torch.ones(2)).tolist() == [4, 4]
+    with pytest.raises(ValueError, match="peer double: form must be one of eager, compile, max-autotune, got 'fast'"):
+        peers.build(dataclasses.replace(plain, form="fast"))
+
+
+def test_an_op_may_have_neither_peers_nor_axes(monkeypatch, tmp_path, capsys):
+    """It is measured all the same, and every table shows it; a sweep leaves it out."""
+    op, spec = "masked_avg_pool", testing.specs()["masked_avg_pool"]
+    bare = dataclasses.replace(spec, base={}, axes={}, units={}, computes="", replaces="")
+    monkeypatch.setattr(testing, "specs", lambda: {op: bare})
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.of(op) == () and peers.resolve(op) == ([], []) and peers.of("no_op") == ()
+    fake = SimpleNamespace(measure=dict, pattern=0, timers=dict)
+    monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: fake)
+    plan = measure.Plan((op,), quick=True, tiny=True, threads=torch.get_num_threads())
+    session = measure.Session(plan)
+    assert session.visits and {v.provider for v in session.visits if ":" not in v.provider} == {measure.OURS}
+    assert measure.rows(dataclasses.replace(plan, quick=False, sweep=True)) == []
+    row = measure.rows(plan)[0]
+    prepared = measure.Prepared(row, [])
+    entries, wrong, _ = measure.summarise(prepared, fake_samples(prepared))
+    found = {**environment.environment(), "plan": dataclasses.asdict(plan), "peers": [], "rows": entries}
+    found |= {"ceilings": {"before": {}, "after": {}}, "failures": wrong, "notes": []}
+    dash = "\N{EN DASH}"
+    assert f"| {dash} | {dash} | {dash} | {dash} |" in report.readme_section([found]) and not wrong
+    assert report.render(found).count('href="#row') == 1
+    assert report.op_table().count("\n") == 2 and "|  |  |" in report.op_table()
+    costs = overhead.run((op,), tmp_path / "overhead.json", rounds=1, count=1)
+    assert overhead.cells(costs)[0][-2:] == ["not measured"] * 2
+    monkeypatch.setattr(overhead, "FOLDER", tmp_path)
+    assert overhead.markdown().endswith("| not measured | not measured |")
+    assert command.main(["run", op, "--sweep", "--out", str(tmp_path / "sweep.json")]) == 0
+    assert f"{op} has no axes to sweep" in capsys.readouterr().out and not (tmp_path / "sweep.json").exists()
+
+
+def test_the_table_of_ops():
+    """A row a folder, with every public function and the states of its backends."""
+    lines = report.op_table().splitlines()
+    assert len(lines) == 2 + len({spec.op.folder or name for name, spec in testing.specs().items()})
+    pyramid, match, pool = (next(line for line in lines if f"`{name}`" in line) for name in
+                            ("hypercorrelation_pyramid", "dense_cosine_match", "masked_avg_pool"))  # fmt: skip
+    names = "[`hypercorrelation`, `hypercorrelation_pyramid`](fss_kernels/ops/hypercorrelation/README.md)"
+    assert pyramid.startswith(f"| {names} | cosine of every query with every support pixel")
+    assert match.startswith("| [`dense_cosine_max`, `dense_cosine_match`](") and match.endswith("| none |")
+    assert pool.endswith("| ✓ | ✓ default on CPU | compiled, run in the interpreter | compiled, never run |")
+    assert all(spec.computes and spec.replaces for spec in testing.specs().values())
 
 
 @pytest.mark.parametrize("row", ROWS[:2], ids=lambda row: row.id)
@@ -200,10 +300,8 @@ def test_a_wrong_or_crashing_peer_gets_no_speed():
     def crash(*args, **options):
         raise RuntimeError("out of order")
 
-    shifted = dataclasses.replace(
-        good, name="wrong", build=lambda t, o: lambda *a, **k: good.build(t, o)(*a, **k) + 0.1
-    )
-    crashing = dataclasses.replace(good, name="crashing", build=lambda t, o: crash)
+    shifted = dataclasses.replace(good, name="wrong", function=lambda *a, **k: good.function(*a, **k) + 0.1)
+    crashing = dataclasses.replace(good, name="crashing", function=crash)
     prepared = measure.Prepared(row, [good, shifted, crashing])
     entries, messages, _ = measure.summarise(prepared, fake_samples(prepared))
     assert set(prepared.calls) == {measure.OURS, good.name}
@@ -310,11 +408,13 @@ def test_plot_draws_the_committed_sweeps(results, tmp_path, monkeypatch):
     storage.write(tmp_path / "results" / "sweeps" / "machine.csv", "a", result_file(rows) | {"plan": {"sweep": 1}})
     assert command.main(["plot", "--out", str(tmp_path)]) == 0
     assert [p.name for p in tmp_path.glob("machine/*.svg")] == ["masked_avg_pool-against-grid.svg"]
-    assert ">grid side, pixels<" in (tmp_path / "machine" / "masked_avg_pool-against-grid.svg").read_text()
+    assert ">grid, pixels a side<" in (tmp_path / "machine" / "masked_avg_pool-against-grid.svg").read_text()
     storage.write(tmp_path / "results" / "ops" / "machine.csv", "a", results)
     assert command.main(["plot", "--out", str(tmp_path / "both")]) == 0
     assert len([*(tmp_path / "both" / "machine").glob("*.svg")]) > len(ROWS)
-    assert set(report.AXES) == {axis for spec in testing.specs().values() for axis in spec.axes}
+    assert all(
+        set(spec.units) <= {a for s in testing.specs().values() for a in s.axes} for spec in testing.specs().values()
+    )
 
 
 def test_a_run_has_the_peers_of_its_kind(monkeypatch):
@@ -331,24 +431,23 @@ def test_a_run_has_the_peers_of_its_kind(monkeypatch):
     assert names("dense_cosine_max", sweep=True) == eager | {"compile(argmax-gather)"}
     compiled = {n for n in names("dynamic_conv2d") if n.startswith("compile")}
     assert compiled == {"compile(shifted)"} and {"grouped", "per-sample", "merged-taps"} <= names("dynamic_conv2d")
-    assert {"compile(grouped)"} <= {p.name for p in peers.registry["dynamic_conv2d"]}
+    assert {"compile(grouped)"} <= {p.name for p in peers.of("dynamic_conv2d")}
 
 
 def test_records_tell_released_code():
-    """Of every op but the one that nobody published; every name is a peer's, eager, and no compiled form counts."""
-    for op in OPS:
-        found = {r["name"] for r in peers.resolve(op)[1] if r["released"]}
-        assert found == set(peers.RELEASED.get(op, ())) and bool(found) == (op != "dense_cosine_match")
-        assert not measure.selected(found, COMPILED) and set(peers.NOT_ON_CPU.get(op, ())) <= {
-            p.name for p in peers.registry[op]
-        }
+    """As it was released: no compiled form counts, nor what one library or another would do in its place."""
+    records = {op: {r["name"]: r["released"] for r in peers.resolve(op)[1]} for op in OPS}
+    for op, found in records.items():
+        assert found == {p.name: p.released for p in peers.of(op)}
+        assert not measure.selected([name for name, released in found.items() if released], COMPILED)
+    pooling = {name for name, released in records["masked_avg_pool"].items() if released}
+    assert pooling == {"eager", "pfenet", "panet"} and not any(records["dense_cosine_match"].values())
 
 
 def test_sweeps_vary_one_number(tmp_path):
-    """Every axis of every op has sizes that differ from the base in it (and its image); the plots show them all."""
-    for op in OPS:
-        spec = testing.specs()[op]
-        assert spec.axes and set(sweeps.PEERS[op]) <= {p.name for p in peers.registry[op]}
+    """Every axis of an op has sizes that differ from the base in it (and its image); the plots show them all."""
+    for spec in testing.specs().values():
+        assert set(spec.axes) <= set(spec.base) | set(inspect.signature(spec.benchmark_sample).parameters)
         for label, arguments in sweeps.sizes(spec).items():
             axis, _, value = label.partition("=")
             other = {k: v for k, v in arguments.items() if k not in (axis, "modes", "image")}
@@ -757,7 +856,7 @@ def test_every_line_has_a_row_and_a_bound():
             op, _, size = name.partition("/")
             assert size in testing.specs()[op].sizes
         else:
-            names = {"fastest", *(p.name for p in peers.registry[wanted["op"]])}
+            names = {"fastest", *(p.name for p in peers.of(wanted["op"]))}
             assert wanted["metric"] in ("roof", "extra_bytes") or name in names
 
 
@@ -776,12 +875,9 @@ def test_only_a_crash_of_the_compiler_is_no_failure(results, tmp_path, capsys):
 
 @pytest.mark.parametrize("optional", [False, True])
 def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, capsys, optional):
-    def version() -> str:
-        raise ImportError("No module named 'absent'")
-
-    op = OPS[0]
-    absent = dataclasses.replace(peers.registry[op][0], name="absent", version=version, optional=optional)
-    monkeypatch.setitem(peers.registry, op, [*peers.registry[op], absent])
+    every = peers.of
+    absent = dataclasses.replace(every(OPS[0])[0], name="absent", module="absent", optional=optional)
+    monkeypatch.setattr(peers, "of", lambda op: (*every(op), absent) if op == OPS[0] else every(op))
     fake = SimpleNamespace(measure=dict, pattern=0, timers=dict)
     monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: fake)
     session = measure.Session(dataclasses.replace(PLAN, rounds=1, threads=torch.get_num_threads()))
@@ -895,14 +991,14 @@ def test_time_in_ops_is_kept_apart(monkeypatch):
     """Forward and backward of an op count for it and for no other; afterwards everything is as it was."""
     slow = {"masked_avg_pool": ("forward", 0.02), "prototype_cosine": ("backward", 0.3)}
     for name, (direction, seconds) in slow.items():
-        implementation = _library.ops[name].backends["reference"]
+        implementation = _op.ops[name].backends["reference"]
         kept = getattr(implementation, direction)
         late = lambda *args, run=kept, seconds=seconds: (time.sleep(seconds), run(*args))[1]  # noqa: E731
         monkeypatch.setattr(implementation, direction, late)
 
     def functions():
         return {
-            n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _library.ops.items()
+            n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _op.ops.items()
         }
 
     before = functions()
@@ -955,7 +1051,7 @@ def test_a_training_step_is_checked_by_its_gradients(name, monkeypatch):
     assert len(results) == 3  # loss, gradients of the backbone and of the head
     assert all(torch.equal(a, b) for a, b in zip(results, step.checks["reference"](), strict=True))
     assert {n: v.message for n, v in models.verdicts(step).items()} == {measure.OURS: "", "reference": ""}
-    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    implementation = _op.ops["masked_avg_pool"].backends["cpp"]
     backward = implementation.backward
     monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
     found = models.verdicts(step)
@@ -1108,16 +1204,13 @@ def test_a_page_lists_where_we_do_not_win():
 
 
 def test_a_page_compares_with_released_code(monkeypatch):
-    """The fastest of it, not the slowest peer; a file from before the field asks the registry; a dash without any."""
+    """The fastest of it, not the slowest peer; a file from before the field asks the op's peers; a dash without any."""
     rows = [entry("an_op", r, name) for name, r in ((measure.OURS, 1), ("fast", 2), ("slow", 50), ("late", 60))]
     records = [{"op": "an_op", "name": name, "error": None, "version": ""} for name in ("fast", "slow", "late")]
     ours = "| a | float32 | forward | 2.00 | 7 | 3.0 | 50 | memory | fast | 2.00 |"
     assert f"{ours} \N{EN DASH} | \N{EN DASH} | 0.4 |" in page([result_file(rows, records)])
-    monkeypatch.setitem(
-        peers.registry,
-        "an_op",
-        [SimpleNamespace(name="fast", released=False), SimpleNamespace(name="late", released=True)],
-    )
+    known = [SimpleNamespace(name="fast", released=False), SimpleNamespace(name="late", released=True)]
+    monkeypatch.setattr(peers, "of", lambda op: known)
     assert f"{ours} late | 60.0 | 0.4 |" in page([result_file(rows, records)])
     new = [r | {"released": r["name"] != "fast"} for r in records]
     assert f"{ours} slow | 50.0 | 0.4 |" in page([result_file(rows, new)])

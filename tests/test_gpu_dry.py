@@ -13,7 +13,7 @@ import sanitize
 import torch
 
 from benchmarks import environment, gpu, gpu_timing, measure, models, peers, storage
-from fss_kernels import _library, testing
+from fss_kernels import _loading, _op, testing
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def test_networks_are_measured_in_both_modes(folder):
     seconds = {key: row["seconds"] for key, row in zip(keys, rows, strict=True)}
     for (op, mode, dtype, provider), row in zip(keys, rows, strict=True):
         if provider.endswith("triton"):
-            assert row["refused"] == _library.missing("triton") and row["correct"] is None
+            assert row["refused"] == _loading.missing("triton") and row["correct"] is None
             continue
         assert row["refused"] is None and row["size"] == models.QUICK.label and row["batch"] == 1
         assert row["max_error"] <= models.TOLERANCE[dtype] and (row["max_error"] == 0 or "default" in provider)
@@ -122,7 +122,7 @@ def test_networks_are_measured_in_both_modes(folder):
 
 def test_a_network_with_wrong_numbers_gets_no_speed(monkeypatch):
     """Wrong gradients of one kernel refuse the training step of the default backends; evaluation has its time."""
-    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    implementation = _op.ops["masked_avg_pool"].backends["cpp"]
     backward = implementation.backward
     monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
     clock = gpu_timing.Clock(dry=True)
@@ -173,15 +173,15 @@ def test_a_wrong_and_a_crashing_provider_get_no_speed(monkeypatch, no_compiler):
     def crash(*args, **options):
         raise RuntimeError("out of order")
 
-    good = next(p for p in peers.registry[ROW.op] if p.name == "eager")
-    crashing = dataclasses.replace(good, name="crashing", build=lambda tensors, options: crash)
-    unbuilt = dataclasses.replace(good, name="unbuilt", build=crash)
-    monkeypatch.setitem(peers.registry, ROW.op, [good, crashing, unbuilt])
+    good = next(p for p in peers.of(ROW.op) if p.name == "eager")
+    crashing = dataclasses.replace(good, name="crashing", function=crash)
+    unbuilt = dataclasses.replace(good, name="unbuilt", form="unknown")
+    monkeypatch.setattr(peers, "of", lambda op: (good, crashing, unbuilt))
     monkeypatch.setattr(testing, "specs", lambda: {ROW.op: wrong})
     found = entries("peers")
     assert found["eager"]["seconds"] is not None and found["eager"]["ratio_to_ours"] is None
     assert found[OURS]["correct"] is False and "times the allowed" in found[OURS]["refused"]
-    assert "out of order" in found["crashing"]["refused"] and "out of order" in found["unbuilt"]["refused"]
+    assert "out of order" in found["crashing"]["refused"] and "'unknown'" in found["unbuilt"]["refused"]
     refused = [e for e in found.values() if e["refused"]]
     assert all(e["seconds"] is None and e["gbps"] is None and e["roof_fraction"] is None for e in refused)
     assert any(OURS in line for line in gpu.failures({"rows": list(found.values())}, "peers"))

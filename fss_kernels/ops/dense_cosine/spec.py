@@ -331,6 +331,10 @@ _COMMON: dict[str, Any] = {
     "cost": _cost,
     "counted": ("support", "mask"),
     "indexed": True,
+    "units": {"grid": "pixels a side", "batch": "samples", "shots": "images", "foreground": "fraction"},
+    "computes": "best cosine of every query pixel with the masked support and where it is, for pixels or windows; both "
+    "directions at once",
+    "replaces": "PFENet's prior, DPCN's support activation, the cycle test of DPNet and CyCTR",
 }
 SPECS = {
     "dense_cosine_max": Spec(

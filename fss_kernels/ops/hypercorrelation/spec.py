@@ -285,6 +285,10 @@ SPEC = Spec(
         "batch": (1, 2, 4, 8),
         "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
     },
+    units={"grid": "pixels a side", "batch": "samples", "foreground": "fraction"},
+    computes="cosine of every query with every support pixel, masked, clamped, kept; all layers straight into one "
+    "tensor a level",
+    replaces="HSNet's and VAT's correlation",
     benchmark_sample=_benchmark_sample,
     cost=_cost,
     scratch_bytes=_scratch_bytes,
