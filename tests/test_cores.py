@@ -13,7 +13,9 @@ import pytest
 from fss_kernels import _loading, testing
 
 sys.path.insert(0, str(Path(__file__).parent / "cpp"))
+sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 import emulate_cuda
+import faults
 import sanitize_cores
 
 pytestmark = pytest.mark.slow
@@ -31,9 +33,8 @@ def test_core_under_sanitizers(op, sanitizer, tmp_path):
 
 
 def test_the_fuzzer_finds_a_planted_fault(tmp_path):
-    fault = sanitize_cores.ROOT / "tests/mutants/dynamic_conv2d/channels-past-the-end-written.patch"
     shutil.copytree(sanitize_cores.ROOT / "csrc", tmp_path / "csrc")
-    subprocess.run(["patch", "-p1", "-s", "-F0", "-d", tmp_path, "-i", fault], check=True)
+    faults.find("dynamic_conv2d/channels-past-the-end-written").plant(tmp_path)
     program = sanitize_cores.build("dynamic_conv2d", ISA, "address,undefined", tmp_path, "bfloat16", tmp_path)
     assert sanitize_cores.fuzz(program, seed=0, first=0, count=60) is not None
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import distribution
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "mutants"))
+import faults
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -147,8 +150,7 @@ def test_verify_fails_on_a_planted_fault(tmp_path):
     for other in (source / "csrc").glob("*/*_cpu.cpp"):
         if other.parent.name not in ("common", "masked_avg_pool"):
             other.unlink()
-    patch = ROOT / "tests" / "mutants" / "masked_avg_pool" / "forget-eps.patch"
-    assert subprocess.run(["patch", "-p1", "-s", "-i", patch], cwd=source).returncode == 0
+    faults.find("masked_avg_pool/forget-eps").plant(source)
     built = run("setup.py", "-q", "build_ext", "--inplace", cwd=source, FSS_KERNELS_BUILD="cpu")
     assert built.returncode == 0, built.stderr
     verify = run("-m", "fss_kernels", "verify", "masked_avg_pool", "--backend", "cpp", cwd=source)

@@ -2,7 +2,8 @@
 
     python tests/mutants/run.py [name or op ...]        (make mutants)
 
-A mutant is a patch under tests/mutants/<op>/. Prints the test that caught it; exits non-zero when one survives.
+A mutant is an entry of tests/mutants/<op>.toml (faults.py). Prints the test that caught it; exits non-zero when one
+survives.
 The committed score keeps that test of every fault, as each is done. The next run tries it first, then those of other
 faults of the op: only a fault that none of them catches costs the whole suite. In unchanged sources a fault that was
 caught is not planted again: delete the score to plant them all.
@@ -32,8 +33,12 @@ from tqdm.contrib.concurrent import thread_map
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+import faults  # noqa: E402
+
 from benchmarks import environment, reliability  # noqa: E402
 from fss_kernels import _loading  # noqa: E402
+
+Fault = faults.Fault
 
 # What a compiled or Python fault should hit first; compile and installation tests do not look at values.
 TESTS = ("tests/ops", "tests/test_numerics.py", "tests/test_determinism.py", "tests/test_gradients.py")
@@ -43,6 +48,8 @@ NETWORKS = "models"  # faults of fss_models: Python only, with tests of their ow
 # Where there is no GPU these alone run the kernels of Triton (in its interpreter) and of CUDA (on a CPU).
 INTERPRETED, EMULATED = "tests/interpreted", "tests/test_cores.py::test_cuda_kernels_on_a_cpu"
 SECONDS = 3600  # of the tests of one fault, or it loops forever
+PROGRAM = ("tests/mutants/run.py", "tests/mutants/faults.py")
+ALL = faults.load()
 
 
 def prepare(directory: str, compiled: bool) -> Path:
@@ -77,40 +84,31 @@ def build(copy: Path) -> None:
     subprocess.run(command, cwd=copy, env=variables(copy), check=True, capture_output=True)
 
 
-def catch(patch: Path, copy: Path, likely: Sequence[str] = ()) -> str | None:
+def catch(fault: Fault, copy: Path, likely: Sequence[str] = ()) -> str | None:
     """The id of the first test that fails on the mutant, or None; tests that are ``likely`` to catch it go first."""
-    faulty = copy / first_line(patch).removeprefix("--- a/")
-    source = faulty.read_bytes()  # taken back, a patch may find another place to undo
-    libraries = {path: path.read_bytes() for path in copy.glob("fss_kernels/*.so")}
-    subprocess.run(["patch", "-p1", "-s", "-F0", "-i", patch], cwd=copy, check=True)
+    before = {path: path.read_bytes() for path in (copy / fault.file, *copy.glob("fss_kernels/*.so"))}
+    fault.plant(copy)
     try:
-        op, only = patch.parent.name, only_tests(patch)
-        if "csrc/" in first_line(patch) and only != EMULATED:
+        only = only_tests(fault)
+        if fault.file.startswith("csrc/") and only != EMULATED:
             build(copy)
-        others = {p.parent.name for p in ROOT.glob("tests/mutants/*/*.patch")} - {op}
+        others = {f.op for f in ALL} - {fault.op}
         interpreted = [INTERPRETED, "-k", f"not ({' or '.join(sorted(others))})"]
-        calls = [{INTERPRETED: interpreted, EMULATED: [f"{EMULATED}[{op}]"], "": suites({op})[0]}[only]]
-        own = Path("tests", "models", f"test_{Path(first_line(patch)).name}")
-        if op == NETWORKS and (copy / own).is_file():
+        calls = [{INTERPRETED: interpreted, EMULATED: [f"{EMULATED}[{fault.op}]"], "": suites({fault.op})[0]}[only]]
+        own = Path("tests", "models", f"test_{Path(fault.file).name}")
+        if fault.op == NETWORKS and (copy / own).is_file():
             calls.insert(0, [str(own)])
         if likely:
             calls.insert(0, [*likely])
         return next((found for call in calls if (found := failure(copy, call))), None)
     finally:
-        faulty.write_bytes(source)
-        for path, library in libraries.items():  # or faults in Python would run on the last one's kernels
-            path.write_bytes(library)
+        for path, content in before.items():  # or faults in Python would run on the last one's kernels
+            path.write_bytes(content)
 
 
-def first_line(patch: Path) -> str:
-    """Names the file that the patch changes."""
-    return patch.read_text().partition("\n")[0]
-
-
-def only_tests(patch: Path) -> str:
+def only_tests(fault: Fault) -> str:
     """The tests that alone run the faulty code, "" for faults in what the others run."""
-    line = first_line(patch)
-    return INTERPRETED if "triton_kernels" in line else EMULATED if "_cuda.cu" in line else ""
+    return INTERPRETED if "triton" in fault.file else EMULATED if fault.file.endswith((".cu", ".cuh")) else ""
 
 
 def suites(ops: set[str]) -> list[list[str]]:
@@ -141,14 +139,15 @@ def failure(copy: Path, tests: list[str], processes: int = 0) -> str | None:
     return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else None
 
 
-def runs_here(patch: Path) -> bool:
-    """Whether this processor can run the faulty code: the screen of dense_cosine needs AVX512-BF16."""
-    return not patch.stem.startswith("screen-") or _loading.cpu_isa() == "avx512_bf16"
+def runs_here(fault: Fault) -> bool:
+    """Whether this processor can run the faulty code."""
+    return fault.isa in (None, _loading.cpu_isa())
 
 
-def name(patch: Path) -> str:
-    """Of a fault in the score: op/fault."""
-    return f"{patch.parent.name}/{patch.stem}"
+def planted_at(commit: str, op: str) -> list[Fault]:
+    """The faults of an op at a commit, none where it had no such file."""
+    text = environment.output("git", "show", f"{commit}:tests/mutants/{op}.toml")
+    return faults.parse(op, text) if text else []
 
 
 def sources(op: str) -> list[str]:
@@ -164,49 +163,51 @@ class Score:
 
     def __init__(self) -> None:
         known: dict[str, Any] = reliability.read("mutants") or {"faults": {}}
-        patches = [*ROOT.glob("tests/mutants/*/*.patch")]
-        planted = {name(p) for p in patches}
+        planted = {fault.name for fault in ALL}
         self.whole = len(planted)
         self.known: dict[str, str | None] = {k: v for k, v in known["faults"].items() if k in planted}
         run: dict[str, Any] = known.get("environment", {})
-        known_good = run.get("clean") and environment.unchanged(run["commit"], "tests/mutants/run.py")
-        ops = {p.parent.name for p in patches} if known_good else set()
+        known_good = run.get("clean") and environment.unchanged(run["commit"], *PROGRAM)
+        ops = {fault.op for fault in ALL} if known_good else set()
         ops = {op for op in ops if environment.unchanged(run["commit"], *sources(op))}
-        same = {name(p) for p in patches if p.parent.name in ops and environment.unchanged(run["commit"], str(p))}
+        same = {fault.name for op in ops for fault in planted_at(run["commit"], op) if fault in ALL}
         self.faults: dict[str, str | None] = {k: v for k, v in self.known.items() if v and k in same}
         # the first of them was recorded after every test had passed without a fault
         self.tests_pass = bool(self.faults) and environment.unchanged(run["commit"], "tests", ":(exclude)tests/mutants")
-        self.not_run = sorted({name(p) for p in patches if not runs_here(p)} - self.faults.keys())
+        self.not_run = sorted({f.name for f in ALL if not runs_here(f)} - self.faults.keys())
 
-    def likely(self, patch: Path) -> list[str]:
+    def likely(self, fault: Fault) -> list[str]:
         """The test that caught a fault, then those of its op that caught others, the most frequent first."""
         known = self.known | self.faults
-        own = known.get(name(patch))
-        found = Counter(t for k, t in known.items() if t and k.startswith(f"{patch.parent.name}/"))
+        own = known.get(fault.name)
+        found = Counter(t for k, t in known.items() if t and k.startswith(f"{fault.op}/"))
         tests = [own] * bool(own) + [test for test, _ in found.most_common(LIKELY) if test != own]
         there = (t for t in tests if Path(ROOT, t.partition("::")[0]).is_file())  # a crash or timeout has no test
-        only = only_tests(patch)
+        only = only_tests(fault)
         return [t for t in there if t.startswith(only or TESTS + LATER + (f"tests/{NETWORKS}",))]
 
-    def record(self, patch: Path, caught: str | None) -> None:
+    def record(self, fault: Fault, caught: str | None) -> None:
         """Adds an outcome."""
-        self.faults[name(patch)] = caught
+        self.faults[fault.name] = caught
         counts = {"whole": self.whole, "planted": len(self.faults), "caught": sum(map(bool, self.faults.values()))}
-        faults = {"faults": dict(sorted(self.faults.items())), "not_run": self.not_run}
-        reliability.record("mutants", counts | faults)
+        outcomes = {"faults": dict(sorted(self.faults.items())), "not_run": self.not_run}
+        reliability.record("mutants", counts | outcomes)
 
 
 def main(names: list[str]) -> int:
     """Runs the mutants of those names or ops, or all."""
-    patches = sorted(p for p in ROOT.glob("tests/mutants/*/*.patch") if not names or {p.stem, p.parent.name} & {*names})
+    if messages := faults.unfit(ALL):
+        print("mutants:", *messages, sep="\n")
+        return 1
+    chosen = [fault for fault in ALL if not names or {fault.id, fault.op, fault.name} & {*names}]
     score, lock = Score(), threading.Lock()
     outcomes = {} if names else score.faults.copy()
-    left = [p for p in patches if name(p) not in outcomes and runs_here(p)]
+    left = [fault for fault in chosen if fault.name not in outcomes and runs_here(fault)]
     with contextlib.ExitStack() as stack:
         workers = min(os.cpu_count() or 1, max(1, len(left)))
         directories = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(workers)]
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        ops = {p.parent.name for p in left}
+        ops = {fault.op for fault in left}
         compiled = [bool(ops - {NETWORKS})] * workers
         for copy in thread_map(prepare, directories, compiled, max_workers=workers, desc="copies"):
             copies.put(copy)
@@ -214,7 +215,7 @@ def main(names: list[str]) -> int:
         copy, failed = copies.get(), None
         if not score.tests_pass:
             failed = next((f for suite in suites(ops) if (f := failure(copy, suite, processes=workers))), None)
-        for only in sorted({only_tests(p) for p in left} - {""}):
+        for only in sorted({only_tests(fault) for fault in left} - {""}):
             if not score.tests_pass and failed is None:
                 failed = failure(copy, [only], processes=workers)
         if failed is not None:
@@ -222,24 +223,25 @@ def main(names: list[str]) -> int:
             return 1
         copies.put(copy)
 
-        def run(patch: Path) -> str | None:
+        def run(fault: Fault) -> str | None:
             copy = copies.get()
             try:
                 with lock:
-                    likely = score.likely(patch)
-                caught = catch(patch, copy, likely)
+                    likely = score.likely(fault)
+                caught = catch(fault, copy, likely)
                 with lock:
                     if not names:  # a few faults are no score
-                        score.record(patch, caught)
+                        score.record(fault, caught)
                 return caught
             finally:
                 copies.put(copy)
 
-        outcomes |= zip(map(name, left), thread_map(run, left, max_workers=workers, desc="mutants"), strict=True)
+        caught = thread_map(run, left, max_workers=workers, desc="mutants")
+        outcomes |= zip((fault.name for fault in left), caught, strict=True)
     table = Table("op", "planted fault", "caught by")
-    for patch in patches:
-        caught = outcomes.get(name(patch), "not run: this processor has no AVX512-BF16")
-        table.add_row(patch.parent.name, patch.stem, escape(caught) if caught else "[red]SURVIVED[/red]")
+    for fault in chosen:
+        found = outcomes.get(fault.name, f"not run: this processor has no {fault.isa}")
+        table.add_row(fault.op, fault.id, escape(found) if found else "[red]SURVIVED[/red]")
     Console(width=180).print(table)
     survived = [*outcomes.values()].count(None)
     print(f"mutants: {len(outcomes)} planted, {len(outcomes) - survived} caught, {survived} survived")
