@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ FLOOR = {torch.float64: 2.0**-47, torch.float32: 2.0**-20, torch.bfloat16: 2.0**
 REFERENCE_FLOOR = 2.0**-40
 # A plain formula further off than this is not computing the same thing: its error buys no tolerance beyond it.
 PLAIN_CAP = {torch.float64: 2.0**-43, torch.float32: 2.0**-15, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
+
+# A kernel, an id, the types of its pointers and its constants: what a launcher of Triton instantiates.
+Variant = tuple[Any, str, dict[str, Any], dict[str, Any]]
+TRITON_DTYPES = ("fp32", "bf16", "fp16")  # of features
 
 A_FIFTH = math.pi / 16  # of an image: a disc whose radius is a quarter of its side
 
@@ -71,6 +76,7 @@ class Spec:
     """Everything the generic batteries and the benchmarks need to know of one op."""
 
     name: str
+    signature: str  # of the public function, without annotations
     function: Callable[..., Any]  # public function, with every tensor as an argument of its own
     op: _library.Op
     reference: Callable[..., Any]  # differentiable plain PyTorch, same call as `function`: the oracle in float64
@@ -90,6 +96,11 @@ class Spec:
     base: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     static: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor -> dimensions fixed under torch.compile
+    counted: tuple[str, ...] = ()  # tensors of masks, prototypes or shots: of these (dimension 1) there may be 0
+    channel_dim: dict[str, int] = field(default_factory=dict)  # feature tensor -> its dimension of channels, if not -3
+    # Results that are cosines, with eps=0 and with what this function of a call's options changes in them.
+    cosines: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    indexed: bool = False  # the public function returns every map of scores and then its index; `function` scores alone
 
     def gradients_of(self, mode: str, tensors: Iterable[str]) -> list[str]:
         """Those of the named tensors whose gradients a benchmark mode takes."""
@@ -116,12 +127,30 @@ def disc(batch: int, size: int, share: float) -> Tensor:
     return torch.zeros(batch, size * size).scatter_(1, nearest, 1.0).view(batch, size, size)
 
 
+def part(op: _library.Op, name: str, member: str, purpose: str) -> Any:
+    """What a module in the op's folder defines: every op brings its own spec, random calls and variants of kernels.
+
+    Raises:
+        ImportError: the module or its member is missing; the message names the file and what it has to define.
+    """
+    path = f"fss_kernels.ops.{op.folder or op.name}.{name}"
+    file = f"{path.replace('.', '/')}.py"
+    if importlib.util.find_spec(path) is None:
+        raise ImportError(f"{op.name}: {file} is missing; it has to define {member}: {purpose}")
+    module = importlib.import_module(path)
+    if not hasattr(module, member):
+        raise ImportError(f"{op.name}: {file} has to define {member}: {purpose}")
+    return getattr(module, member)
+
+
 def specs() -> dict[str, Spec]:
     """The spec of every op, by name; a folder of several ops has `SPECS`."""
     found = {}
     for name, op in _library.ops.items():
-        module = importlib.import_module(f"fss_kernels.ops.{op.folder or name}.spec")
-        found[name] = module.SPECS[name] if op.folder else module.SPEC
+        if op.folder:
+            found[name] = part(op, "spec", "SPECS", "a fss_kernels.testing.Spec for every op, by name")[name]
+        else:
+            found[name] = part(op, "spec", "SPEC", "a fss_kernels.testing.Spec")
     return found
 
 

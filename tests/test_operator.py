@@ -44,13 +44,7 @@ def test_opcheck(spec, layout, requires_grad):
         assert set(opcheck(spec.op.bwd, backward, test_utils=utils).values()) == {"SUCCESS"}
 
 
-SECOND = {  # no masks, no prototypes, no shots: the second dimension of these may be 0
-    "masked_avg_pool": ("mask",),
-    "prototype_cosine": ("prototypes",),
-    "dense_cosine_max": ("support", "mask"),
-    "dense_cosine_match": ("support", "mask"),
-}
-EMPTIES = [(spec, "batch") for spec in SPECS] + [(spec, SECOND[spec.name][0]) for spec in SPECS if spec.name in SECOND]
+EMPTIES = [(spec, "batch") for spec in SPECS] + [(spec, spec.counted[0]) for spec in SPECS if spec.counted]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
@@ -58,7 +52,7 @@ EMPTIES = [(spec, "batch") for spec in SPECS] + [(spec, SECOND[spec.name][0]) fo
 @pytest.mark.parametrize("spec, cut", EMPTIES, ids=ids)
 def test_opcheck_of_nothing(spec, cut, layout, requires_grad):
     sample = next(s for s in spec.samples() if not s.large)
-    shrunk = {k: t[:, :0] if k in SECOND.get(spec.name, ()) else t for k, t in sample.tensors.items()}
+    shrunk = {k: t[:, :0] if k in spec.counted else t for k, t in sample.tensors.items()}
     empty = {k: t[:0] for k, t in sample.tensors.items()} if cut == "batch" else shrunk
     arguments = raw_arguments(spec, dataclasses.replace(sample, tensors=empty), torch.float32, layout, requires_grad)
     assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}

@@ -329,10 +329,13 @@ _COMMON: dict[str, Any] = {
     "differentiable": ("query", "support"),
     "benchmark_sample": _benchmark_sample,
     "cost": _cost,
+    "counted": ("support", "mask"),
+    "indexed": True,
 }
 SPECS = {
     "dense_cosine_max": Spec(
         name="dense_cosine_max",
+        signature=("(query, support, mask=None, *, windows=((1, 1),), masked='zero', eps=1e-07, eps_mode='clamp')"),
         function=_max_scores,
         public=dense_cosine_max,
         op=max_op,
@@ -358,10 +361,12 @@ SPECS = {
             "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
         },
         scratch_bytes=_scratch_bytes,
+        cosines=lambda options: {"windows": (*options.get("windows", ()), (1, 1))},
         **_COMMON,
     ),
     "dense_cosine_match": Spec(
         name="dense_cosine_match",
+        signature="(query, support, mask=None, *, eps=1e-07, eps_mode='clamp')",
         function=_match_scores,
         public=dense_cosine_match,
         op=match_op,
@@ -374,6 +379,7 @@ SPECS = {
         base={"batch": 1, "channels": 512, "grid": 60},
         axes={"grid": (30, 45, 60, 90), "channels": (128, 256, 512, 1024, 2048)},
         scratch_bytes=functools.partial(_scratch_bytes, match=True),
+        cosines=lambda options: {},
         **_COMMON,
     ),
 }

@@ -162,6 +162,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
 
 SPEC = Spec(
     name="dynamic_conv2d",
+    signature="(x, kernels, *, merge=False)",
     function=_function,
     public=dynamic_conv2d,
     op=op,

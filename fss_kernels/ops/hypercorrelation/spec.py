@@ -256,6 +256,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
 
 SPEC = Spec(
     name="hypercorrelation",
+    signature="(query, support, mask=None, *, eps=1e-05, eps_mode='add', clamp=True)",
     function=_function,
     public=hypercorrelation,
     op=op,
@@ -287,4 +288,5 @@ SPEC = Spec(
     benchmark_sample=_benchmark_sample,
     cost=_cost,
     scratch_bytes=_scratch_bytes,
+    cosines=lambda options: {},
 )

@@ -163,6 +163,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
 
 SPEC = Spec(
     name="masked_avg_pool",
+    signature="(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",
     function=masked_avg_pool,
     op=op,
     reference=_reference,
@@ -196,4 +197,5 @@ SPEC = Spec(
     benchmark_sample=_benchmark_sample,
     cost=_cost,
     scratch_bytes=_scratch_bytes,
+    counted=("mask",),
 )
