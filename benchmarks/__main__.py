@@ -95,7 +95,7 @@ def run(
     for name, members in groups.items():
         chosen = (tuple(names) for names in (members, dtypes, sizes, exclude))
         plan = measure.Plan(*chosen, quick, sweep, tiny, named, rounds, repeats, seed, threads)
-        folders = [known[op].op.folder or op for op in members]
+        folders = [known[op].op.folder for op in members]
         before = storage.run(path, name) if resume else None
         if environment.measured(before, asdict(plan), *environment.sources(*folders)):
             continue

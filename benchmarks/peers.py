@@ -63,7 +63,7 @@ def of(op: str) -> tuple[Peer, ...]:
     specs = testing.specs()
     if op not in specs:
         return ()
-    module = f"fss_kernels.ops.{specs[op].op.folder or op}.peers"
+    module = f"fss_kernels.ops.{specs[op].op.folder}.peers"
     if importlib.util.find_spec(module) is None:
         return ()
     return tuple(importlib.import_module(module).PEERS.get(op, ()))

@@ -296,7 +296,7 @@ def op_table() -> str:
     specs, exported = testing.specs(), vars(ops).values()
     folders: dict[str, list[testing.Spec]] = {}
     for name, spec in specs.items():
-        folders.setdefault(spec.op.folder or name, []).append(spec)
+        folders.setdefault(spec.op.folder, []).append(spec)
     lines = [
         "| op | what it computes | replaces | reference | C++ (CPU) | Triton | CUDA |",
         "|---|---|---|---|---|---|---|",

@@ -30,6 +30,10 @@ REFERENCE_FLOOR = 2.0**-40
 # A plain formula further off than this is not computing the same thing: its error buys no tolerance beyond it.
 PLAIN_CAP = {torch.float64: 2.0**-43, torch.float32: 2.0**-15, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 
+# A kernel, an id, the types of its pointers and its constants: what a launcher of Triton instantiates.
+Variant = tuple[Any, str, dict[str, Any], dict[str, Any]]
+TRITON_DTYPES = ("fp32", "bf16", "fp16")  # of features
+
 A_FIFTH = math.pi / 16  # of an image: a disc whose radius is a quarter of its side
 
 
@@ -167,12 +171,30 @@ def disc(batch: int, size: int, share: float) -> Tensor:
     return torch.zeros(batch, size * size).scatter_(1, nearest, 1.0).view(batch, size, size)
 
 
+def part(op: _op.Op, name: str, member: str, purpose: str) -> Any:
+    """What a module in the op's folder defines: every op brings its own spec, random calls and variants of kernels.
+
+    Raises:
+        ImportError: the module or its member is missing; the message names the file and what it has to define.
+    """
+    path = f"fss_kernels.ops.{op.folder}.{name}"
+    file = f"{path.replace('.', '/')}.py"
+    if importlib.util.find_spec(path) is None:
+        raise ImportError(f"{op.name}: {file} is missing; it has to define {member}: {purpose}")
+    module = importlib.import_module(path)
+    if not hasattr(module, member):
+        raise ImportError(f"{op.name}: {file} has to define {member}: {purpose}")
+    return getattr(module, member)
+
+
 def specs() -> dict[str, Spec]:
     """The spec of every op, by name; a folder of several ops has `SPECS`."""
     found = {}
     for name, op in _op.ops.items():
-        module = importlib.import_module(f"fss_kernels.ops.{op.folder}.spec")
-        found[name] = module.SPECS[name] if hasattr(module, "SPECS") else module.SPEC
+        if op.folder != name:
+            found[name] = part(op, "spec", "SPECS", "a fss_kernels.testing.Spec for every op, by name")[name]
+        else:
+            found[name] = part(op, "spec", "SPEC", "a fss_kernels.testing.Spec")
     return found
 
 

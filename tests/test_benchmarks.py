@@ -180,7 +180,7 @@ def folders() -> dict[str, set[str]]:
     """The folders of ops that have a peers.py, each with its ops."""
     found: dict[str, set[str]] = {}
     for name, spec in testing.specs().items():
-        found.setdefault(spec.op.folder or name, set()).add(name)
+        found.setdefault(spec.op.folder, set()).add(name)
     return {f: ops for f, ops in found.items() if (environment.ROOT / "fss_kernels/ops" / f / "peers.py").exists()}
 
 
@@ -267,7 +267,7 @@ def test_an_op_may_have_neither_peers_nor_axes(monkeypatch, tmp_path, capsys):
 def test_the_table_of_ops():
     """A row a folder, with every public function and the states of its backends."""
     lines = report.op_table().splitlines()
-    assert len(lines) == 2 + len({spec.op.folder or name for name, spec in testing.specs().items()})
+    assert len(lines) == 2 + len({spec.op.folder for name, spec in testing.specs().items()})
     pyramid, match, pool = (next(line for line in lines if f"`{name}`" in line) for name in
                             ("hypercorrelation_pyramid", "dense_cosine_match", "masked_avg_pool"))  # fmt: skip
     names = "[`hypercorrelation`, `hypercorrelation_pyramid`](fss_kernels/ops/hypercorrelation/README.md)"
@@ -997,9 +997,7 @@ def test_time_in_ops_is_kept_apart(monkeypatch):
         monkeypatch.setattr(implementation, direction, late)
 
     def functions():
-        return {
-            n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _op.ops.items()
-        }
+        return {n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _op.ops.items()}
 
     before = functions()
     x, p = torch.ones(1, 2, 4, 4, requires_grad=True), torch.ones(1, 1, 2)

@@ -149,7 +149,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "_measured", measured)
     with pytest.raises(KeyboardInterrupt):
         command.main(["run"])
-    folders = list(dict.fromkeys(spec.op.folder or name for name, spec in testing.specs().items()))
+    folders = list(dict.fromkeys(spec.op.folder for name, spec in testing.specs().items()))
     assert {*storage.read(storage.here("ops"))} == {*folders[:2]}
     first = [*done]
     done.clear()

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fss_kernels
-from benchmarks import measure
-from fss_kernels import dense_cosine_match, dense_cosine_max, testing
+from fss_kernels import _memory, dense_cosine_match, dense_cosine_max, testing
 from fss_kernels.ops.dense_cosine import reference
 
 BACKENDS = ["reference", "cpp"]
@@ -486,7 +485,7 @@ def test_channels_last_shots_are_not_copied(backend):
         [lambda x=x: dense_cosine_max(query, x) for x in leaves],
         [lambda x=x, y=y: torch.autograd.grad(y.sum(), x, retain_graph=True) for x, y in pairs],
     ):
-        assert measure.extra_bytes(strided) == measure.extra_bytes(dense)
+        assert _memory.extra_bytes(strided) == _memory.extra_bytes(dense)
 
 
 def test_indices_have_no_gradient(backend):
