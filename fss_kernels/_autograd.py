@@ -65,7 +65,9 @@ class Rules:
             if torch.compiler.is_compiling():  # Dynamo traces the torch op, whose autograd rule is the same pair
                 results = op.fwd(*args)
             else:
-                lengths, flat, tensors = (), args, args[:inputs]
+                lengths: tuple[int, ...] = ()
+                flat: Sequence[Any] = args
+                tensors = args[:inputs]
                 if op.lists:
                     lengths, flat = op.lengths(args), op.forward_call.flatten(args)
                     tensors = flat[: op.tensors(lengths)]
