@@ -1113,14 +1113,17 @@ def test_an_op_has_its_own_rows_of_every_machine():
 
 
 @pytest.mark.parametrize("worker, recorded", [(False, 1), (True, 0)])
-def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
+def test_a_round_is_recorded_once(monkeypatch, tmp_path, worker, recorded):
     """By the process that starts the workers; too few examples of an op count as failures."""
     import conftest
 
-    rounds = []
-    monkeypatch.setattr(reliability, "add_round", lambda *args: rounds.append(args))
+    from benchmarks import record
+
+    rounds = tmp_path / "rounds.jsonl"
+    rounds.touch()
+    monkeypatch.setattr(conftest, "STARTED", 5)
     monkeypatch.setenv("FUZZ_EXAMPLES", "200")
-    monkeypatch.setenv("FUZZ_RUN", "5")
+    monkeypatch.setenv("FUZZ_OUT", str(rounds))
     counts = {name: 500 for name in OPS} | {OPS[0]: 499}
     reports = [SimpleNamespace(user_properties=[("examples", counts)])]
     reporter = SimpleNamespace(
@@ -1132,7 +1135,12 @@ def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
     )
     session = SimpleNamespace(config=config, exitstatus=0)
     conftest.pytest_sessionfinish(session, 0)
-    assert rounds == [("5", "7", dict(sorted(counts.items())), 2)] * recorded
+    wanted = {"start": 5, "seed": "7", "examples": dict(sorted(counts.items())), "failed": 2}
+    assert [json.loads(line) for line in rounds.read_text().splitlines()] == [wanted] * recorded
+    added = []
+    monkeypatch.setattr(record.reliability, "add_round", lambda *args: added.append(args))
+    record.record("fuzz", rounds)
+    assert added == [("5", "7", wanted["examples"], 2)] * recorded
     assert bool(session.exitstatus) == bool(recorded)
 
 
