@@ -424,6 +424,23 @@ def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
     return int(check and bool(stale))
 
 
+def record(kind: str, file: str) -> int:
+    """Adds the outcome of a long run to the committed results: `make fuzz`, `sanitize` or `dist-check` with RECORD=1.
+
+    Args:
+        kind: fuzz (a line of JSON per round), sanitize or wheel
+        file: what the run wrote
+    """
+    from benchmarks import reliability
+
+    try:
+        reliability.record_file(kind, Path(file))
+    except (OSError, ValueError, KeyError) as error:
+        _say(f"record: {file}: {error}")
+        return 2
+    return 0
+
+
 def _ignored(name: str, chosen: dict[str, Any], given: set[str]) -> str:
     """What to say of options that were given and have no effect; empty where there are none."""
     takes, why = given, ""
@@ -453,13 +470,13 @@ def _parser() -> ArgumentParser:
             else:
                 continue
             special.add(parameter.name)
-        by_position = name in ("compare", "report")
+        by_position = name in ("compare", "record", "report")
         command.add_function_arguments(function, as_group=False, as_positional=by_position, skip=special)
         commands.add_subcommand(name, command)
     return parser
 
 
-COMMANDS = {f.__name__: f for f in (run, check, compare, plot, report, readme, overhead, gate, networks, gpu)}
+COMMANDS = {f.__name__: f for f in (run, check, compare, plot, report, readme, overhead, gate, networks, gpu, record)}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +54,35 @@ def record_wheel(platform: str, content: dict[str, Any]) -> Path:
     path = storage.RESULTS / "wheel" / f"{platform}.csv"
     storage.write(path, "wheel", _stored("wheel", content))
     return path
+
+
+def record_file(kind: str, file: Path) -> None:
+    """Adds what a long run wrote. The runs themselves write plain files and know nothing of results.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    text = file.read_text()
+    if kind == "fuzz":
+        rounds = [json.loads(line) for line in text.splitlines()]
+        for r in rounds:
+            add_round(str(rounds[0]["start"]), r["seed"], r["examples"], r["failed"])
+    elif kind == "sanitize":
+        record("sanitize", json.loads(text))
+    elif kind == "wheel":
+        _add_to_log(json.loads(text))
+    else:
+        raise ValueError(f"kind must be fuzz, sanitize or wheel, got {kind!r}")
+
+
+def _add_to_log(content: dict[str, Any]) -> None:
+    """Adds runs to the log of their wheel; a new wheel starts a new log."""
+    platform = Path(content["wheel"]["file"]).stem.rpartition("-")[2]
+    before = wheel_log(platform) or {}
+    kept = before["runs"] if before.get("wheel") == content["wheel"] else []
+    new = {(r["torch"], r["python"]) for r in content["runs"]}
+    kept = [r for r in kept if (r["torch"], r["python"]) not in new]
+    record_wheel(platform, environment.environment() | {**content, "runs": [*kept, *content["runs"]]})
 
 
 def add_round(run: str, seed: str, examples: dict[str, int], failed: int) -> None:

@@ -253,7 +253,7 @@ def test_an_op_may_have_neither_peers_nor_axes(monkeypatch, tmp_path, capsys):
     found = {**environment.environment(), "plan": dataclasses.asdict(plan), "peers": [], "rows": entries}
     found |= {"ceilings": {"before": {}, "after": {}}, "failures": wrong, "notes": []}
     dash = "\N{EN DASH}"
-    assert f"| {dash} | {dash} | {dash} | {dash} |" in report.readme_section([found]) and not wrong
+    assert f"| {dash} | {dash} | {dash} | {dash} |" in page([found]) and not wrong
     assert report.render(found).count('href="#row') == 1
     assert report.op_table().count("\n") == 2 and "|  |  |" in report.op_table()
     costs = overhead.run((op,), tmp_path / "overhead.json", rounds=1, count=1)
@@ -679,19 +679,14 @@ def test_three_calls_come_before_the_first_round():
     row = next(r for r in ROWS if r.mode == "forward+backward")
     good, count = eager_peers(row)[0], [0]
 
-    def build(tensors, options):
-        function = good.build(tensors, options)
+    def call(*args, **kwargs):
+        count[0] += 1
+        return good.function(*args, **kwargs)
 
-        def call(*args, **kwargs):
-            count[0] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    assert measure.Prepared(row, [dataclasses.replace(good, build=build)]).extra[good.name] > 0 and count == [3]
+    assert measure.Prepared(row, [dataclasses.replace(good, function=call)]).extra[good.name] > 0 and count == [3]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = dataclasses.replace(good, build=lambda t, o: torch.compile(good.build(t, o), backend="aot_eager"))
+    compiled = dataclasses.replace(good, function=torch.compile(good.function, backend="aot_eager"))
     prepared = measure.Prepared(row, [compiled])
     assert good.name in prepared.calls
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -1242,14 +1237,15 @@ def test_an_op_has_its_own_rows():
 
 
 @pytest.mark.parametrize("worker, recorded", [(False, 1), (True, 0)])
-def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
+def test_a_round_is_recorded_once(monkeypatch, tmp_path, worker, recorded):
     """By the process that starts the workers; too few examples of an op count as failures."""
     import conftest
 
-    rounds = []
-    monkeypatch.setattr(reliability, "add_round", lambda *args: rounds.append(args))
+    rounds = tmp_path / "rounds.jsonl"
+    rounds.touch()
+    monkeypatch.setattr(conftest, "STARTED", 5)
     monkeypatch.setenv("FUZZ_EXAMPLES", "200")
-    monkeypatch.setenv("FUZZ_RUN", "5")
+    monkeypatch.setenv("FUZZ_OUT", str(rounds))
     counts = {name: 500 for name in OPS} | {OPS[0]: 499}
     reports = [SimpleNamespace(user_properties=[("examples", counts)])]
     reporter = SimpleNamespace(
@@ -1261,7 +1257,12 @@ def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
     )
     session = SimpleNamespace(config=config, exitstatus=0)
     conftest.pytest_sessionfinish(session, 0)
-    assert rounds == [("5", "7", dict(sorted(counts.items())), 2)] * recorded
+    wanted = {"start": 5, "seed": "7", "examples": dict(sorted(counts.items())), "failed": 2}
+    assert [json.loads(line) for line in rounds.read_text().splitlines()] == [wanted] * recorded
+    added = []
+    monkeypatch.setattr(reliability, "add_round", lambda *args: added.append(args))
+    assert command.main(["record", "fuzz", str(rounds)]) == 0
+    assert added == [("5", "7", wanted["examples"], 2)] * recorded
     assert bool(session.exitstatus) == bool(recorded)
 
 

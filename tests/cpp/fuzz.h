@@ -1,7 +1,7 @@
-// What the fuzzers of the cores share. <op>.cpp defines FSS_CORE, includes this file and has the cases; FUZZ_ISA is the
-// namespace under test, FUZZ_TYPES are the dtypes. Every case runs with its tasks on one thread and on four, into
-// memory filled with another byte each time: the results have to be the same bits, so an element that nobody wrote is
-// seen. What a core may not touch is poisoned, and a canary for stores that no sanitizer sees.
+// What the fuzzers of the cores share. csrc/<op>/<op>_fuzz.cpp defines FSS_CORE, includes this file and has the cases;
+// FUZZ_ISA is the namespace under test, FUZZ_TYPES are the dtypes. Every case runs with its tasks on one thread and on
+// four, into memory filled with another byte each time: the results have to be the same bits, so an element that nobody
+// wrote is seen. What a core may not touch is poisoned, and a canary for stores that no sanitizer sees.
 #pragma once
 
 #include <sanitizer/asan_interface.h>
