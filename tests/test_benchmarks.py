@@ -256,7 +256,7 @@ def test_an_op_may_have_neither_peers_nor_axes(monkeypatch, tmp_path, capsys):
     assert f"| {dash} | {dash} | {dash} | {dash} |" in page([found]) and not wrong
     assert report.render(found).count('href="#row') == 1
     assert report.op_table().count("\n") == 2 and "|  |  |" in report.op_table()
-    costs = overhead.run((op,), tmp_path / "overhead.json", rounds=1, count=1)
+    costs = overhead.run((op,), tmp_path / "overhead.csv", rounds=1, count=1)
     assert overhead.cells(costs)[0][-2:] == ["not measured"] * 2
     monkeypatch.setattr(overhead, "FOLDER", tmp_path)
     assert overhead.markdown().endswith("| not measured | not measured |")
@@ -1076,11 +1076,11 @@ def test_a_hopeless_provider_sits_out_after_two_rounds(monkeypatch):
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     """Stale pages and blocks are found and replaced, and nothing beside them; a page without a machine goes."""
     monkeypatch.setattr(storage, "RESULTS", tmp_path / "results")
-    blocks = {"docs/benchmarks/index.md": "machines", "docs/reliability.md": "reliability"}
+    blocks = {"docs/benchmarks/index.md": "machines", "docs/reliability.md": "reliability", "README.md": "ops"}
     for file, name in blocks.items():
         text = f"before\n<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\nafter\n"
         environment.write_text(tmp_path / file, text)
-    index, reliable = (tmp_path / file for file in blocks)
+    index, reliable, first = (tmp_path / file for file in blocks)
     folder = index.parent
     environment.write_text(folder / "gone.md", f"# A machine without results\n\n{pages.GENERATED}\n")
     environment.write_text(folder / "by-hand.md", "# Not generated\n")
@@ -1092,13 +1092,13 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
     assert command.main([*arguments, "--check"]) == 1 and "stale text" in index.read_text()
     assert "machine.md differs" in capsys.readouterr().out and not (folder / "machine.md").exists()
     assert command.main(arguments) == 0
-    assert sorted(p.name for p in folder.iterdir()) == ["by-hand.md", "index.md", "machine.md"]
-    for file in (index, reliable):
+    assert sorted(p.name for p in folder.iterdir()) == ["by-hand.md", "index.md", "machine.md", "overview.svg"]
+    for file in (index, reliable, first):
         text = file.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
     count = len({row.op for row in ROWS})
     assert "](machine.md) |" in index.read_text() and f"| {count} of {len(OPS)} |" in index.read_text()
-    assert "| `make fuzz` |" in reliable.read_text()
+    assert "| `make fuzz` |" in reliable.read_text() and report.op_table() in first.read_text()
     text = (folder / "machine.md").read_text()
     sections = {part.partition("\n")[0]: part for part in text.split("\n### ")[1:]}
     for op in OPS:
@@ -1106,7 +1106,12 @@ def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
         assert all(f"| {row.size} | {row.dtype} | {row.mode} |" in sections[op] for row in own)
         assert ("This op is not measured on this machine." in sections[op]) == (not own)
     assert command.main([*arguments, "--check"]) == 0
-    for file, before, after in ((folder / "machine.md", "easured", "easuring"), (index, "machine.md", "other.md")):
+    picture = folder / "overview.svg"
+    for file, before, after in (
+        (folder / "machine.md", "easured", "easuring"),
+        (index, "machine.md", "other.md"),
+        (picture, "fastest", "slowest"),
+    ):
         environment.write_text(file, file.read_text().replace(before, after))
         capsys.readouterr()
         assert command.main([*arguments, "--check"]) == 1 and str(file) in capsys.readouterr().out
