@@ -67,7 +67,7 @@ class Rules:
             else:
                 lengths: tuple[int, ...] = ()
                 flat: Sequence[Any] = args
-                tensors = args[:inputs]
+                tensors: Sequence[Any] = args[:inputs]
                 if op.lists:
                     lengths, flat = op.lengths(args), op.forward_call.flatten(args)
                     tensors = flat[: op.tensors(lengths)]

@@ -1,7 +1,7 @@
 """An op is added by its own folders and three lines: tests/toy is one, laid over a copy of the project.
 
-Nothing else of the copy is edited, but for what `benchmarks readme` generates. Everything that is done with an op is then
-done with this one: the generic tests, random calls, `verify`, a benchmark, ahead-of-time compilation and lint.
+Nothing else of the copy is edited, but for what `benchmarks readme` generates. Everything that is done with an op is
+then done with this one: the generic tests, random calls, `verify`, a benchmark, ahead-of-time compilation and lint.
 """
 
 from __future__ import annotations
