@@ -1107,7 +1107,7 @@ def test_a_page_lists_where_we_do_not_win():
     assert "reaches all 1 figures" in kept and "does not reach" not in kept and "A peer is" not in kept
 
 
-def test_a_page_compares_with_released_code(monkeypatch):
+def test_readme_compares_with_released_code(monkeypatch):
     """The fastest of it, not the slowest peer; a file from before the field asks the registry; a dash without any."""
     rows = [entry("an_op", r, name) for name, r in ((measure.OURS, 1), ("fast", 2), ("slow", 50), ("late", 60))]
     records = [{"op": "an_op", "name": name, "error": None, "version": ""} for name in ("fast", "slow", "late")]
