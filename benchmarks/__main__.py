@@ -10,16 +10,14 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
 # What measures imports PyTorch: the commands import it themselves, so that --help and the watchdog of `gpu` need not.
 from benchmarks import environment, storage
-
-if TYPE_CHECKING:
-    from benchmarks import measure
 
 # PyTorch's compiler crashed on a peer: it depends on what it timed while it tuned, and the next run has a number again.
 CRASH = "raised InductorError"
@@ -121,8 +119,8 @@ def _fixed_environment() -> dict[str, str]:
     return {**os.environ, **environment.ALLOCATOR, "OMP_NUM_THREADS": str(environment.cores())}
 
 
-def _measured(plan: measure.Plan) -> dict[str, Any]:
-    """The results of a plan, measured in a process of its own."""
+def _measured(plan: Any) -> dict[str, Any]:
+    """The results of a `measure.Plan`, measured in a process of its own."""
     env = {k: v for k, v in _fixed_environment().items() if not k.startswith("PYTEST_")}  # this may run in a test
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder, "plan.json"))
@@ -458,15 +456,16 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands()
     for name, function in COMMANDS.items():
         command = ArgumentParser(description=inspect.getdoc(function).partition("\n")[0])
+        helps = {p.arg_name: p.description for p in docstring_parser.parse(inspect.getdoc(function)).params}
         special = set()
         for parameter in inspect.signature(function).parameters.values():
             option = f"--{parameter.name.replace('_', '-')}"
             if isinstance(parameter.default, bool):
-                command.add_argument(option, action="store_true")
+                command.add_argument(option, action="store_true", help=helps[parameter.name])
             elif isinstance(parameter.default, tuple):
-                many = {"nargs": "*"} if parameter.name == "files" else {"nargs": "+"}
-                given = parameter.name if parameter.name == "files" else option
-                command.add_argument(given, type=str, default=list(parameter.default), **many)
+                given, many = ("files", "*") if parameter.name == "files" else (option, "+")
+                default = list(parameter.default)
+                command.add_argument(given, type=str, nargs=many, default=default, help=helps[parameter.name])
             else:
                 continue
             special.add(parameter.name)
