@@ -9,7 +9,8 @@ PIP_INSTALL := $(PY) -m pip install -q --no-compile -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist worksteal -q
 export PIP_REQUIRE_VIRTUALENV = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' ! -name '*_fuzz.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES += setup.py pyproject.toml
 
 .PHONY: demo test test-slow fuzz sanitize bench gate readme mutants lint dist dist-check emulate-cuda gpu \
   gpu-wheels clean
@@ -34,9 +35,9 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -na
 demo: .venv/installed
 	$(PY) -m fss_kernels info
 	$(PY) -m fss_kernels verify --no-interpreter
-	$(PY) -m benchmarks run --quick --out report/results.json
+	$(PY) -m benchmarks run --quick --out report/results.csv
 	$(PY) -m fss_models demo --out report/demo
-	$(PY) -m benchmarks report report/results.json --out report/index.html --demo report/demo
+	$(PY) -m benchmarks report report/results.csv --out report/index.html --demo report/demo
 
 # The fast part. Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
 # AVX-512 with and without bfloat16 products differ in dense_cosine only.
@@ -56,19 +57,23 @@ test-slow: .venv/installed
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted tests/test_extremes.py
 
+# make fuzz|sanitize|dist-check RECORD=1 adds the outcome, good or bad, to the committed results.
+recorded = $(if $(RECORD),code=$$?; $(PY) -m benchmarks record $(1) $(2) && exit $$code)
+
 # Random calls for half an hour, in rounds: each prints its seed, and what it tried of every op, at least 500.
 FUZZ_SECONDS ?= 1800
 fuzz: .venv/installed
-	run=$$(date +%s); end=$$(( $$run + $(FUZZ_SECONDS) )); while [ $$(date +%s) -lt $$end ]; do \
-	  FUZZ_RUN=$$run FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || exit 1; \
-	done
+	mkdir -p build; rm -f build/fuzz.jsonl; code=0; end=$$(( $$(date +%s) + $(FUZZ_SECONDS) )); \
+	while [ $$code = 0 ] && [ $$(date +%s) -lt $$end ]; do \
+	  FUZZ_OUT=build/fuzz.jsonl FUZZ_EXAMPLES=200 $(PYTEST) tests/fuzz --hypothesis-seed=$$(date +%s) || code=1; \
+	done; (exit $$code); $(call recorded,fuzz,build/fuzz.jsonl)
 
-# Every number of the README: ops, networks, host. Hours: what this machine has measured from the same sources is not
+# Every number of docs/benchmarks: ops, networks, host. Hours: what this machine has measured from the same sources is not
 # measured again. `check` alone fails on a line that is short.
 bench: .venv/peers
 	$(PY) -m benchmarks run --resume
 	$(PY) -m benchmarks run --resume --sweep --rounds 4
-	$(PY) -m benchmarks.models --resume true
+	$(PY) -m benchmarks networks --resume
 	$(PY) -m benchmarks overhead --resume
 	$(PY) -m benchmarks readme
 	$(PY) -m benchmarks check --allow-short
@@ -85,7 +90,7 @@ mutants: .venv/installed
 
 # The torch-free C++ cores, fuzzed under sanitizers: minutes. (tests/sanitize.py is compute-sanitizer's, on a GPU.)
 sanitize: .venv/installed
-	$(PY) tests/cpp/sanitize_cores.py
+	$(PY) tests/cpp/sanitize_cores.py --out build/sanitize.json; $(call recorded,sanitize,build/sanitize.json)
 
 # The CUDA kernels on a CPU, thread by thread, against float64: minutes, and no GPU needed.
 emulate-cuda: .venv/installed
@@ -99,14 +104,15 @@ dist: .venv/requirements
 # The very same wheel beside other PyTorch releases, a fresh environment each: gigabytes to download, minutes each.
 TORCH ?= 2.10.0 newest
 dist-check: .venv/requirements
-	$(PY) tests/distribution.py --python $(PYTHON) $(TORCH)
+	rm -f build/wheel.json
+	$(PY) tests/distribution.py --python $(PYTHON) --out build/wheel.json $(TORCH); $(call recorded,wheel,build/wheel.json)
 
 lint: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m benchmarks readme --check
-	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard tests/cpp/cores/*)
+	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) $(wildcard csrc/*/*_fuzz.cpp tests/cpp/*.h)
 
 # On a machine with a GPU and no network there is no .venv: its own Python, and the wheels carried to it.
 GPU_PY := $(if $(DRY)$(wildcard .venv/installed),$(PY),$(PYTHON))
@@ -118,7 +124,7 @@ gpu: $(if $(DRY),.venv/installed)
 	@test -n "$(OUT)$(DRY)" || { echo "usage: make gpu OUT=folder STAGE=build-test|core|peers|models [DRY=1] [RESUME=1]"; exit 2; }
 	$(if $(GPU_WHEELS),$(if $(DRY),,PIP_REQUIRE_VIRTUALENV=0 $(GPU_PY) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu-site $(GPU_WHEELS)))
 	set -e; for stage in $(if $(DRY),build-test core peers models,$(STAGE)); do \
-	  PYTHONPATH=$(CURDIR)/build/gpu-site:$$PYTHONPATH $(GPU_PY) -m benchmarks.gpu --stage $$stage --out "$(or $(OUT),build/gpu-dry)" \
+	  PYTHONPATH=$(CURDIR)/build/gpu-site:$$PYTHONPATH $(GPU_PY) -m benchmarks gpu --stage $$stage --out "$(or $(OUT),build/gpu-dry)" \
 	    $(if $(DRY),--dry) $(if $(RESUME),--resume) $(if $(COMMIT),--commit $(COMMIT)); \
 	done
 

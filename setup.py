@@ -1,4 +1,4 @@
-"""Builds the compiled libraries. FSS_KERNELS_BUILD=auto|none|cpu|cuda; see README, "Installing".
+"""Builds the compiled libraries. FSS_KERNELS_BUILD=auto|none|cpu|cuda; see docs/installing.md.
 
 FSS_KERNELS_BUILD=native builds the developer's module `_native` instead.
 """
@@ -121,13 +121,13 @@ def arguments() -> dict:
 
 
 def native() -> Extension:
-    """The torch-free cores and the machine's ceilings as a Python module. Never part of a wheel."""
+    """The machine's ceilings as a Python module. Never part of a wheel."""
     import pybind11
 
     return Extension(
         "fss_kernels._native",
         ["csrc/native.cpp"],
-        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*.h")],
+        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/common/*.h")],
         include_dirs=["csrc", "csrc/common", pybind11.get_include()],
         extra_compile_args=[*COMMON, "-std=c++17", "-pthread"],
         extra_link_args=["-pthread"],

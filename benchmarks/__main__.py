@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | check | compare | plot | report | readme | overhead | gate``."""
+"""``python -m benchmarks run | check | compare | plot | report | readme | overhead | gate | networks | gpu``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from benchmarks import ceilings, environment, measure, targets
-from fss_kernels import testing
+# What measures imports PyTorch: the commands import it themselves, so that --help and the watchdog of `gpu` need not.
+from benchmarks import environment, storage
 
-RESULTS = environment.RESULTS
+if TYPE_CHECKING:
+    from benchmarks import measure
+
 # PyTorch's compiler crashed on a peer: it depends on what it timed while it tuned, and the next run has a number again.
 CRASH = "raised InductorError"
+FIXED = ("overhead", "gate", "networks")  # commands whose process must start with the allocator and the threads fixed
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 
@@ -36,61 +39,67 @@ def run(
     dtypes: list[str] = ("float32",),
     exclude: list[str] = (),
     tiny: bool = False,
-    rounds: int = 7,
+    rounds: int | None = None,
     repeats: int = 3,
     seed: int = 0,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
     sweep: bool = False,
     resume: bool = False,
 ) -> int:
-    """Measures ops against their peers and writes a JSON file for every folder of ops.
+    """Measures ops against their peers.
 
     Args:
         ops: names of ops; all of them when none is given
-        quick: fewer rounds, one size an op that moves little memory, the eager peers of a sweep
-        out: one result file of all; benchmarks/results/<machine>-<folder of the op>.json when empty
+        quick: three rounds, one size per op that moves little memory, and only the eager peers of a sweep
+        out: result file (.csv); benchmarks/results/ops or sweeps/<machine>.csv when empty. With cuda a folder
         sizes: shell patterns of size labels, and the classes S, M and L
         dtypes: dtypes of the features
         exclude: shell patterns of peers to leave out
         tiny: shrink every size, to test this program
-        rounds: rounds in which every provider has a turn
+        rounds: rounds in which every provider has a turn; 7, or 3 of a quick run, when not given
         repeats: timed calls in a turn
         seed: of the order of turns
-        sweep: sizes along one axis at a time, for plots, in benchmarks/results/sweeps
-        resume: leave out what this machine has measured so from the same sources
-        device: cpu, or cuda: the stages core and peers of benchmarks.gpu, for all ops
+        sweep: vary one number at a time, for plots
+        resume: leave out what this machine has measured already from the same sources
+        device: cpu, or cuda, which runs the stages core and peers of `gpu`
     """
+    from benchmarks import ceilings, measure, targets
+    from fss_kernels import testing
+
     if device == "cuda":
         return _on_gpu(out, resume)
-    if device != "cpu":
-        _say(f"run: device must be cpu or cuda, got {device}")
-        return 2
     known = testing.specs()
     if unknown := set(ops) - set(known):
         _say(f"run: unknown ops {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        return 2
+    if quick and (classes := set(sizes) & set(measure.CLASSES)):
+        _say(f"run: --quick measures one size of class S and ignores --sizes {' '.join(sorted(classes))}")
         return 2
     try:
         ceilings.native()
     except RuntimeError as error:
         _say(f"run: {error}")
         return 2
-    rounds = min(rounds, 3) if quick else rounds
+    rounds = rounds or (3 if quick else 7)
     threads = environment.cores()
     metrics = (line["metric"].partition(":") for line in targets.load())
     named = tuple(sorted({name for kind, _, name in metrics if kind == "peer"} - {"fastest"}))
-    groups: dict[Path, list[str]] = {}
+    path = Path(out) if out else storage.here("sweeps" if sweep else "ops")
+    groups: dict[str, list[str]] = {}
     for op in ops or known:
-        folder = RESULTS / "sweeps" if sweep else RESULTS
-        path = Path(out) if out else folder / f"{environment.machine_slug()}-{known[op].op.folder or op}.json"
-        groups.setdefault(path, []).append(op)
+        if sweep and not known[op].axes:
+            _say(f"run: {op} has no axes to sweep")
+            continue
+        groups.setdefault("ops" if out else known[op].op.folder, []).append(op)
     codes = []
-    for path, members in groups.items():
+    for name, members in groups.items():
         chosen = (tuple(names) for names in (members, dtypes, sizes, exclude))
         plan = measure.Plan(*chosen, quick, sweep, tiny, named, rounds, repeats, seed, threads)
-        folders = [known[op].op.folder or op for op in members]
-        if resume and environment.measured(path, asdict(plan), *environment.sources(*folders)):
+        folders = [known[op].op.folder for op in members]
+        before = storage.run(path, name) if resume else None
+        if environment.measured(before, asdict(plan), *environment.sources(*folders)):
             continue
-        codes.append(_finish(_measured(plan), path))
+        codes.append(_finish(_measured(plan), path, name))
     return max(codes, default=0)
 
 
@@ -139,12 +148,12 @@ def _measured(plan: measure.Plan) -> dict[str, Any]:
     return results
 
 
-def _finish(results: dict[str, Any], path: Path) -> int:
-    """Prints results and writes them; a run that failed does not replace a good file. The exit code.
+def _finish(results: dict[str, Any], path: Path, name: str = "ops") -> int:
+    """Prints results and writes them; a run that failed does not replace a good one. The exit code.
 
     A peer on which PyTorch's compiler crashed has no number in that row, and the file says so: no failure of the run.
     """
-    from benchmarks import report
+    from benchmarks import measure, report
 
     crashed = [f for f in results["failures"] if CRASH in f and f" {measure.OURS}:" not in f]
     results["notes"] = [*results.get("notes", []), *crashed]
@@ -169,55 +178,35 @@ def _finish(results: dict[str, Any], path: Path) -> int:
         _say(f"note: {note}")
     for failure in results["failures"]:
         _say(f"FAILED: {failure}")
-    if results["failures"]:
-        path = path.with_name(path.name + ".failed")
-    environment.write_json(path, results)
+    path = storage.write_checked(path, name, results)
     _say(f"{len(results['rows'])} entries -> {path}")
     return 1 if results["failures"] else 0
 
 
-def _committed() -> list[dict[str, Any]]:
-    """The files of benchmarks/results, oldest first."""
-    files = [{**json.loads(p.read_text()), "file": p.name} for p in sorted(RESULTS.glob("*.json"))]
-    return sorted(files, key=lambda r: r["environment"]["date"])
-
-
-def _sweeps() -> list[dict[str, Any]]:
-    """The committed files of sweeps."""
-    return [{**json.loads(p.read_text()), "file": p.name} for p in sorted((RESULTS / "sweeps").glob("*.json"))]
-
-
-def _newest() -> list[dict[str, Any]]:
-    """The committed files that hold a machine's newest results of some op, each with those ops alone."""
-    newest = {(r["environment"]["cpu"], op): r for r in _committed() for op in r["plan"]["ops"]}
-    files: dict[str, dict[str, Any]] = {}
-    for (_, op), results in newest.items():
-        mine = files.setdefault(results["file"], {**results, "rows": [], "peers": []})
-        mine["rows"] += [r for r in results["rows"] if r["op"] == op]
-        mine["peers"] += [p for p in results["peers"] if p["op"] == op]
-    return list(files.values())
-
-
-def check(files: list[str] = (), allow_short: bool = False, lines: str = str(targets.PATH)) -> int:
+def check(files: list[str] = (), allow_short: bool = False, lines: str = "") -> int:
     """Compares results with every Speed line.
 
     Args:
-        files: result files, each with every line; without, every machine's newest of benchmarks/results for every op
+        files: result files; without, the newest committed results of every machine and op
         allow_short: exit with 0 although lines fall short
-        lines: the file of lines
+        lines: the file of lines; benchmarks/targets.toml when empty
     """
-    chosen = [{**json.loads(Path(f).read_text()), "file": f} for f in files] or _newest()
+    from benchmarks import targets
+
+    chosen = storage.load(files) if files else storage.newest("ops", "networks")
     if not chosen:
-        _say(f"check: no results in {RESULTS}; run `python -m benchmarks run`")
+        _say(f"check: no results in {storage.RESULTS}; run `python -m benchmarks run`")
         return 1
-    code, all_lines, states = 0, targets.load(Path(lines)), []
+    code, all_lines, states = 0, targets.load(Path(lines) if lines else targets.PATH), []
     for results in chosen:
         env = results["environment"]
         tree = "" if env["clean"] else ", tree with changes"
-        title = f"{results['file']}: {env['cpu']}, {env['date']}, commit {(env['commit'] or 'unknown')[:10]}{tree}"
+        source = f"{Path(results['file']).name}, {results['name']}"
+        title = f"{source}: {env['cpu']}, {env['date']}, commit {(env['commit'] or 'unknown')[:10]}{tree}"
         measured = {row["op"] for row in results["rows"]}
-        outcomes = [targets.evaluate(line, results) for line in all_lines if files or line["op"] in measured]
-        console.print(targets.table(outcomes, title))
+        outcomes = [targets.evaluate(line, results) for line in all_lines if line["op"] in measured]
+        if outcomes:
+            console.print(targets.table(outcomes, title))
         for record in results["peers"]:
             if record["error"] is not None:
                 kind = "optional peer" if record["optional"] else "PEER"
@@ -229,7 +218,7 @@ def check(files: list[str] = (), allow_short: bool = False, lines: str = str(tar
         states += [o.state for o in outcomes]
         code = max(code, targets.exit_code(outcomes, results, allow_short))
     unmeasured = {line["op"] for line in all_lines} - {row["op"] for results in chosen for row in results["rows"]}
-    if unmeasured and not files:
+    if unmeasured:
         _say(f"not measured: {', '.join(sorted(unmeasured))}")
         states += ["MISSING" for line in all_lines if line["op"] in unmeasured]
         code = 1
@@ -257,7 +246,7 @@ def compare(
     """
     from benchmarks import compare as comparison
 
-    arguments = [*ops, *(["--sizes", *sizes] if sizes else []), "--rounds", str(rounds)]
+    arguments = [*(["--ops", *ops] if ops else []), *(["--sizes", *sizes] if sizes else []), "--rounds", str(rounds)]
     try:
         results = [comparison.measured(source, arguments) for source in (before, after)]
     except ValueError as error:
@@ -275,16 +264,16 @@ def plot(files: list[str] = (), out: str = "report/plots") -> int:
     """Writes the plots of result files as SVG files: every row, and time against size; of a sweep along its axes.
 
     Args:
-        files: result files; the newest of benchmarks/results for every op, and the sweeps, when none is given
+        files: result files; without, the newest committed results of every op, and the sweeps
         out: folder to write
     """
     from benchmarks.report import plots
 
     count = 0
-    for results in [{**json.loads(Path(f).read_text()), "file": Path(f).name} for f in files] or _newest() + _sweeps():
+    for results in storage.load(files) if files else storage.newest("ops") + storage.committed("sweeps"):
         if not any("share_in_ops" in row for row in results["rows"]):
             for name, svg in plots(results).items():
-                environment.write_text(Path(out, Path(results["file"]).stem, f"{name}.svg"), svg)
+                environment.write_text(Path(out, results["machine"], f"{name}.svg"), svg)
                 count += 1
     _say(f"{count} plots -> {out}")
     return int(count == 0)
@@ -295,21 +284,20 @@ def overhead(ops: list[str] = (), out: str = "", resume: bool = False) -> int:
 
     Args:
         ops: names of ops; all of them when none is given
-        out: result file; benchmarks/results/overhead/<machine>.json when empty
+        out: result file (.csv); benchmarks/results/overhead/<machine>.csv when empty
         resume: not when this machine has measured it from the same sources
     """
     from benchmarks import overhead as costs
+    from fss_kernels import testing
 
-    path = Path(out) if out else costs.FOLDER / f"{environment.machine_slug()}.json"
+    path = Path(out) if out else storage.here("overhead")
     ops = ops or [*testing.specs()]
-    if resume and environment.measured(path, {"ops": ops}, *environment.sources(), "benchmarks/overhead.py"):
+    before = storage.run(path, "overhead") if resume else None
+    if environment.measured(before, {"ops": ops}, *environment.sources(), "benchmarks/overhead.py"):
         return 0
-    if "MALLOC_TOP_PAD_" not in os.environ:
-        command = [sys.executable, "-m", "benchmarks", "overhead", *ops, "--out", out]
-        return subprocess.run(command, cwd=environment.ROOT, env=_fixed_environment()).returncode
     for line in (costs.header(), *costs.cells(costs.run(tuple(ops), path))):
         _say("  ".join(f"{cell:>24}" for cell in line))
-    _say(f"microseconds a call -> {path}")
+    _say(f"microseconds per call -> {path}")
     return 0
 
 
@@ -323,11 +311,8 @@ def gate(ops: list[str] = (), slowed: int = 1, update: bool = False, repeat: int
         repeat: how often to do it all
     """
     from benchmarks import gate as regression
+    from fss_kernels import testing
 
-    if "MALLOC_TOP_PAD_" not in os.environ:
-        command = [sys.executable, "-m", "benchmarks", "gate", *ops, "--slowed", str(slowed), "--repeat", str(repeat)]
-        command += ["--update"] if update else []
-        return subprocess.run(command, cwd=environment.ROOT, env=_fixed_environment()).returncode
     failed, found = 0, []
     for _ in range(repeat):
         outcomes = regression.run(tuple(ops) or tuple(testing.specs()), slowed, not update)
@@ -343,96 +328,171 @@ def gate(ops: list[str] = (), slowed: int = 1, update: bool = False, repeat: int
     return int(failed > 0)
 
 
-def report(file: str, out: str = "report/index.html", demo: str = "") -> int:
+def networks(quick: bool = False, out: str = "", rounds: int | None = None, resume: bool = False) -> int:
+    """Measures networks on the kernels against the same networks on the reference, and SAM against literal code.
+
+    Args:
+        quick: a tiny network, to test this program
+        out: result file (.csv); benchmarks/results/networks/<machine>.csv when empty
+        rounds: in which every provider has a turn; 20 of SAM, 8 of a network when not given
+        resume: not when this machine has measured it from the same sources
+    """
+    from benchmarks import models
+
+    plan = models.QUICK if quick else models.Plan()
+    plan = replace(plan, rounds=rounds, network_rounds=rounds) if rounds else plan
+    path = Path(out) if out else storage.here("networks")
+    code = (*environment.sources(), "fss_models", "benchmarks/models.py")
+    before = storage.run(path, "networks") if resume else None
+    if environment.measured(before, {**asdict(plan), "ops": models.OPS}, *code):
+        return 0
+    return models.run(plan, path)
+
+
+def gpu(
+    stage: Literal["build-test", "core", "peers", "models"],
+    out: str,
+    dry: bool = False,
+    resume: bool = False,
+    limit: float = 540.0,
+    commit: str = "",
+) -> int:
+    """Runs one stage on a GPU, offline: builds and tests, or measures under a watchdog.
+
+    Args:
+        stage: what to do
+        out: folder of the results
+        dry: the same code path on a CPU with tiny shapes
+        resume: keep the rows that are there, measure the others
+        limit: seconds after which the watchdog ends the stage; no row begins after 5/6 of them
+        commit: commit of the tree, where git is not at hand
+    """
+    from benchmarks import gpu as stages
+
+    return stages.run(stage, Path(out), dry, limit, resume, commit)
+
+
+def report(file: str, ops: list[str] = (), out: str = "report/index.html", demo: str = "") -> int:
     """Writes one HTML page with tables and plots.
 
     Args:
         file: result file
+        ops: the ops to show, for a file that holds several runs; all of them when none is given
         out: page to write
         demo: folder that `fss-models demo` wrote, to show its scores and pictures
     """
     from benchmarks import overhead as costs
     from benchmarks.report import render
 
-    host = costs.committed()
-    table = {"header": costs.header(), "rows": costs.cells(host[0])} if host else None
-    results = json.loads(Path(file).read_text())
-    environment.write_text(out, render(results, Path(demo) if demo else None, table, _sweeps()))
+    runs = [r for r in storage.load([file]) if not ops or {*ops} & {row["op"] for row in r["rows"]}]
+    if len(runs) != 1:
+        held = "; ".join(", ".join(dict.fromkeys(row["op"] for row in r["rows"])) for r in storage.load([file]))
+        _say(f"report: a page shows the ops of one run, choose them with --ops; {file} has runs of: {held}")
+        return 2
+    host = storage.committed("overhead")
+    table = {"header": costs.header(), "rows": costs.cells(host[-1])} if host else None
+    html = render(runs[0], Path(demo) if demo else None, table, storage.committed("sweeps"))
+    environment.write_text(out, html)
     _say(f"report -> {out}")
     return 0
 
 
 def readme(check: bool = False, root: str = str(environment.ROOT)) -> int:
-    """Regenerates the tables of the README, and of every op's, from benchmarks/results.
+    """Writes what the documents show of the results: pages in docs/benchmarks, and blocks between markers.
 
     Args:
         check: only compare; exit with 1 on a difference
-        root: the folder that holds the README and fss_kernels/ops
+        root: the folder that holds the documents
     """
-    from benchmarks import reliability
-    from benchmarks import overhead as costs
-    from benchmarks.report import op_section, readme_section, replace_section
+    from benchmarks import pages
 
-    committed, lines = _newest(), targets.load()
-    if not committed:
-        _say(f"readme: skipped, no results in {RESULTS}")
-        return 0
-    whole = readme_section(committed, costs.markdown(), _sweeps(), lines)
-    sections = {Path(root, "README.md"): {"benchmarks": whole, "reliability": reliability.markdown()}}
-    for folder, ops in _folders().items():
-        path = Path(root, "fss_kernels", "ops", folder, "README.md")
-        sections[path] = {"benchmarks": op_section(committed, ops, lines)}
-    stale = {}
-    for path, parts in sections.items():
-        text = path.read_text() if path.exists() else ""
-        new = text
-        try:
-            for name, section in parts.items():
-                new = replace_section(new, section, name)
-        except ValueError as error:
-            _say(f"readme: {path}: {error}")
-            return 1
-        if new != text:
-            stale[path] = new
-    for path, new in stale.items():
+    if not pages.any_results():
+        _say(f"readme: there are no results in {storage.RESULTS}; the pages that show results are left as they are")
+    try:
+        stale = pages.stale(Path(root))
+    except ValueError as error:
+        _say(f"readme: {error}")
+        return 1
+    for path, text in stale.items():
         if check:
-            _say(f"readme: {path}: tables differ from the results; run `make readme`")
+            _say(f"readme: {path} differs from the results; run `make readme`")
+        elif text is None:
+            path.unlink()
         else:
-            environment.write_text(path, new)
-    state = "differ" if check else "changed"
-    _say(f"readme: tables of {len(committed)} results in {len(sections)} files, {len(stale)} {state}")
+            environment.write_text(path, text)
+    _say(f"readme: {len(stale)} files {'differ' if check else 'changed'}")
     return int(check and bool(stale))
 
 
-def _folders() -> dict[str, list[str]]:
-    """The folders of ops under fss_kernels/ops, each with its ops."""
-    folders: dict[str, list[str]] = {}
-    for name, spec in testing.specs().items():
-        folders.setdefault(spec.op.folder or name, []).append(name)
-    return folders
+def record(kind: str, file: str) -> int:
+    """Adds the outcome of a long run to the committed results: `make fuzz`, `sanitize` or `dist-check` with RECORD=1.
+
+    Args:
+        kind: fuzz (a line of JSON per round), sanitize or wheel
+        file: what the run wrote
+    """
+    from benchmarks import reliability
+
+    try:
+        reliability.record_file(kind, Path(file))
+    except (OSError, ValueError, KeyError) as error:
+        _say(f"record: {file}: {error}")
+        return 2
+    return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point: every function above is a command; its first list, or what has no default, is given by position."""
-    functions = {f.__name__: f for f in (run, check, compare, plot, report, readme, overhead, gate)}
+def _ignored(name: str, chosen: dict[str, Any], given: set[str]) -> str:
+    """What to say of options that were given and have no effect; empty where there are none."""
+    takes, why = given, ""
+    if name == "run" and chosen["device"] == "cuda":
+        takes, why = {"device", "out", "resume"}, "--device cuda"
+    elif name == "compare" and Path(chosen["before"]).is_file() and Path(chosen["after"]).is_file():
+        takes, why = {"before", "after", "threshold"}, "a comparison of two result files"
+    options = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(given - takes))
+    return f"{name}: {why} ignores {options}" if options else ""
+
+
+def _parser() -> ArgumentParser:
+    """Every function above is a command. Result files and revisions are given by position, all else by name."""
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subcommands()
-    for name, function in functions.items():
+    for name, function in COMMANDS.items():
         command = ArgumentParser(description=inspect.getdoc(function).partition("\n")[0])
         special = set()
-        for i, parameter in enumerate(inspect.signature(function).parameters.values()):
+        for parameter in inspect.signature(function).parameters.values():
+            option = f"--{parameter.name.replace('_', '-')}"
             if isinstance(parameter.default, bool):
-                command.add_argument(f"--{parameter.name.replace('_', '-')}", action="store_true")
+                command.add_argument(option, action="store_true")
             elif isinstance(parameter.default, tuple):
-                many = {"nargs": "*"} if i == 0 else {"nargs": "+", "default": list(parameter.default)}
-                command.add_argument(parameter.name if i == 0 else f"--{parameter.name}", type=str, **many)
+                many = {"nargs": "*"} if parameter.name == "files" else {"nargs": "+"}
+                given = parameter.name if parameter.name == "files" else option
+                command.add_argument(given, type=str, default=list(parameter.default), **many)
             else:
                 continue
             special.add(parameter.name)
-        command.add_function_arguments(function, as_group=False, as_positional=True, skip=special)
+        by_position = name in ("compare", "record", "report")
+        command.add_function_arguments(function, as_group=False, as_positional=by_position, skip=special)
         commands.add_subcommand(name, command)
-    chosen = parser.parse_args(arguments)
-    return functions[chosen.subcommand](**chosen[chosen.subcommand].as_dict())
+    return parser
+
+
+COMMANDS = {f.__name__: f for f in (run, check, compare, plot, report, readme, overhead, gate, networks, gpu, record)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    found = parser.parse_args(arguments)
+    name, chosen = found.subcommand, found[found.subcommand].as_dict()
+    given = parser.parse_args(arguments, defaults=False)[name].as_dict()
+    if message := _ignored(name, chosen, {*given}):
+        _say(message)
+        return 2
+    if name in FIXED and "MALLOC_TOP_PAD_" not in os.environ:
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        return subprocess.run(command, env=_fixed_environment()).returncode
+    return COMMANDS[name](**chosen)
 
 
 if __name__ == "__main__":

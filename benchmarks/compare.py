@@ -6,7 +6,6 @@ same rounds are, and so are ratios to the fastest peer. The verdict is on the sh
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import environment
+from benchmarks import environment, storage
 from benchmarks.measure import OURS
 from benchmarks.targets import fastest_peer, row_entries
 
@@ -35,7 +34,7 @@ class Change:
 
 
 def measured(source: str, arguments: list[str]) -> dict[str, Any]:
-    """The content of a result file, or what a git revision measures now.
+    """The rows of a result file, of all its runs, or what a git revision measures now.
 
     Args:
         source: path of a result file, or a revision.
@@ -44,11 +43,11 @@ def measured(source: str, arguments: list[str]) -> dict[str, Any]:
         ValueError: neither a file nor a revision, or a revision that cannot be built or measured.
     """
     if Path(source).is_file():
-        return json.loads(Path(source).read_text())
+        return _together(Path(source))
     if not environment.output("git", "rev-parse", "--verify", "--quiet", f"{source}^{{commit}}"):
         raise ValueError(f"compare: {source} is neither a result file nor a revision")
     with tempfile.TemporaryDirectory() as folder:
-        tree, out = Path(folder, "tree"), Path(folder, "results.json")
+        tree, out = Path(folder, "tree"), Path(folder, "results.csv")
 
         def step(*command: str, **env: str) -> None:
             done = subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree), **env})
@@ -57,12 +56,19 @@ def measured(source: str, arguments: list[str]) -> dict[str, Any]:
 
         subprocess.run(["git", "worktree", "add", "-q", "--detach", tree, source], cwd=environment.ROOT, check=True)
         try:
+            if not (tree / "benchmarks" / "storage.py").exists():
+                raise ValueError(f"compare: {source} writes results in JSON, which this program does not read")
             for library in ("cpu", "native"):
                 step(sys.executable, "setup.py", "-q", "build_ext", "--inplace", FSS_KERNELS_BUILD=library)
             step(sys.executable, "-m", "benchmarks", "run", *arguments, "--out", str(out))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=environment.ROOT)
-        return json.loads(out.read_text())
+        return _together(out)
+
+
+def _together(path: Path) -> dict[str, Any]:
+    """The rows of all runs of a file."""
+    return {"rows": [row for results in storage.read(path).values() for row in results["rows"]]}
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:

@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # committed files
-SCHEMA = 1
+PAGES = ROOT / "docs" / "benchmarks"  # written from them
 FOLDERS = ("csrc", "fss_kernels/ops")  # each with a folder an op
 # How it is measured, and built.
 MEASURING = ["setup.py", "constraints.txt", "benchmarks/suite"]
@@ -73,19 +73,18 @@ def unchanged(commit: str, *paths: str) -> bool:
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
-def measured(path: Path, plan: dict[str, Any], *paths: str) -> bool:
-    """Whether a result file is of this plan and PyTorch, from a clean tree in which these have not changed since; says
-    so."""
+def measured(results: dict[str, Any] | None, plan: dict[str, Any], *paths: str) -> bool:
+    """Whether results are of this plan and PyTorch, from a clean tree in which these paths did not change; says so."""
     import torch
 
-    if not path.exists():
+    if results is None:
         return False
-    results = json.loads(path.read_text())
     env = results["environment"]
     same = results.get("plan", {}) == json.loads(json.dumps(plan)) and env["torch"] == torch.__version__
     found = same and env["clean"] and unchanged(env["commit"], *MEASURING, *paths)
     if found:
-        print(f"{path.name}: measured already, from the same sources; delete it to measure again", flush=True)
+        ops = ", ".join(plan["ops"])
+        print(f"{ops}: measured already, from the same sources; without --resume it is measured again", flush=True)
     return found
 
 
@@ -93,19 +92,19 @@ def environment() -> dict[str, Any]:
     """The environment block of a result file."""
     import torch
 
-    from fss_kernels import __version__, _library
+    from fss_kernels import __version__, _loading
 
     commit = output("git", "rev-parse", "HEAD")
     # what git does not track does not count, nor what earlier runs measured
-    changed = output("git", "status", "--porcelain", "-uno", "--", ".", f":!{RESULTS.relative_to(ROOT)}")
+    own = [f":!{folder.relative_to(ROOT)}" for folder in (RESULTS, PAGES)]
+    changed = output("git", "status", "--porcelain", "-uno", "--", ".", *own)
     return {
-        "schema": SCHEMA,
         "environment": {
             "cpu": cpu(),
             "cores": cores(),
             "threads": torch.get_num_threads(),
             "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-            "isa": _library.cpu_isa(),
+            "isa": _loading.cpu_isa(),
             "fss_kernels": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -124,7 +123,10 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -1,13 +1,12 @@
-"""The GPU stages: ``python -m benchmarks.gpu --stage build-test|core|peers|models --out DIR [--dry]``. Offline.
+"""The GPU stages: ``python -m benchmarks gpu --stage build-test|core|peers|models --out DIR [--dry]``. Offline.
 
 This process builds, runs the GPU tests and watches the process that measures (``benchmarks.gpu_timing``). What was
-measured is in ``DIR/<stage>.jsonl``, line by line, and after every line that is new in ``DIR/h200.json``, where all
-stages meet: a stage that hangs or crashes keeps its rows. Exit code 0: the stage is complete and our numbers are right.
+measured is in ``DIR/<stage>.jsonl``, line by line, and soon after in the result file ``DIR/h200.csv``, where all stages
+meet: a stage that hangs or crashes keeps its rows. Exit code 0: the stage is complete and our numbers are right.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -19,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment
+from benchmarks import environment, storage
 
 STAGES = ("build-test", "core", "peers", "models")
-MERGED = "h200.json"
-LOG = "gpu.log"  # what the build and the tests print; the only other file of DIR
+MERGED, RUN = "h200.csv", "gpu"  # the result file and its run
+LOG = "gpu.log"  # what the build and the tests print
 LIMIT = 540.0  # the watchdog's seconds; no row begins after 5/6 of them
 
 
@@ -50,7 +49,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def merge(out: Path) -> dict[str, Any]:
     """Writes all stages into one file; a stage without lines here stays as an earlier run left it in that file."""
     path = out / MERGED
-    merged = json.loads(path.read_text()) if path.exists() else {"stages": {}, "rows": []}
+    merged = storage.run(path, RUN) or {"stages": {}, "rows": []}
     for stage in STAGES:
         if not (out / f"{stage}.jsonl").exists():
             continue
@@ -72,8 +71,7 @@ def merge(out: Path) -> dict[str, Any]:
                 summary["calibration" if kind == "calibration" else "steps"].append(line)
         merged["stages"][stage] = summary
         merged["rows"] = [r for r in merged["rows"] if r["stage"] != stage] + rows
-    merged = {"schema": environment.SCHEMA, **merged}
-    environment.write_json(path, merged)
+    storage.write(path, RUN, merged)
     return merged
 
 
@@ -161,8 +159,9 @@ def run(
     while code not in (0, 2, None):
         begun = sum(line["kind"] == "begin" for line in lines(path))
         left = start + limit - time.monotonic()
-        command = [sys.executable, "-m", "benchmarks.gpu_timing", stage, str(path), *(["--dry"] if dry else [])]
-        command += ["--seconds", str(max(0.0, left - limit / 6))]
+        call = f"run({stage!r}, Path({str(path)!r}), {dry}, {max(0.0, left - limit / 6)})"
+        program = f"import sys; from pathlib import Path; from benchmarks.gpu_timing import run; sys.exit({call})"
+        command = [sys.executable, "-c", program]
         code = watch(worker or command, start + limit, lambda: merge(out))
         if code not in (0, None):
             print(f"{stage}: the measuring process ended with code {code}", flush=True)
@@ -180,20 +179,3 @@ def run(
     rows = sum(r["stage"] == stage for r in merged["rows"])
     print(f"{stage}: {status}; {rows} rows -> {out / MERGED}", flush=True)
     return int(not (good and status == "complete" and not wrong))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results, at most 6 files")
-    parser.add_argument("--dry", action="store_true", help="the same code path on a CPU with tiny shapes")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure the others")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which the watchdog ends the stage")
-    parser.add_argument("--commit", default="", help="commit of the tree, where git is not at hand")
-    chosen = parser.parse_args(arguments)
-    return run(chosen.stage, chosen.out, chosen.dry, chosen.limit, chosen.resume, chosen.commit)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

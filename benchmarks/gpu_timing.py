@@ -8,13 +8,11 @@ random order. With ``dry`` everything runs on the CPU with tiny shapes, plain lo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import math
 import random
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import environment, measure, models, peers
 from benchmarks.gpu import append, lines
-from fss_kernels import _library, testing
+from fss_kernels import _backends, _loading, testing
 from fss_kernels.testing import Cost, Spec
 
 Record = Callable[..., None]
@@ -195,19 +193,19 @@ def _text(error: BaseException) -> str:
 
 def _forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     def call(*tensors: Tensor, **options: Any) -> Any:
-        with _library.use_backend(backend):
+        with _backends.use_backend(backend):
             return function(*tensors, **options)
 
     return call
 
 
 def providers(
-    row: measure.Row, spec: Spec, stage: str, device: str, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+    row: measure.Row, spec: Spec, stage: str, device: str
 ) -> tuple[dict[str, Callable[..., Any]], dict[str, str]]:
     """Functions by name, and why others are missing: our backends and, for ``core``, the usual code, eager and
-    compiled; for ``peers`` the whole registry and its eager code under max-autotune."""
+    compiled; for ``peers`` all of the op's, and their eager code under max-autotune."""
     found, missing = {}, {}
-    for backend in ("triton", "cuda", "reference") if device == "cuda" else _library.BACKENDS:
+    for backend in ("triton", "cuda", "reference") if device == "cuda" else _loading.BACKENDS:
         reason = spec.op.why_not(backend, device, getattr(torch, row.dtype))
         if reason is None:
             found[f"{measure.OURS}:{backend}"] = _forced(spec.function, backend)
@@ -223,7 +221,7 @@ def providers(
         missing |= {r["name"]: r["error"] for r in records if r["error"] is not None}
     for p in usable:
         try:
-            found[p.name] = p.build(tensors, options)
+            found[p.name] = peers.build(p)
         except Exception as error:
             missing[p.name] = _text(error)
     for name in eager if stage == "peers" else ():
@@ -256,7 +254,7 @@ class Group:
         self.wanted = self.spec.gradients_of(row.mode, first)
         self.cost = self.spec.cost(sample, self.dtype, row.mode)
         self.scratch_bytes = self.spec.scratch_bytes(sample, self.dtype)
-        self.functions, self.missing = providers(row, self.spec, stage, clock.device, first, self.options)
+        self.functions, self.missing = providers(row, self.spec, stage, clock.device)
         ours = [n for n in self.functions if n.startswith(f"{measure.OURS}:")]
         self.verdicts = measure.gate(self.spec, self.dtype, sample, first, self.wanted, self.functions, ours)
         copies = clock.copies(measure.nbytes(first[n] for n in self.spec.features if n in first))
@@ -470,7 +468,7 @@ def network_points(clock: Clock) -> list[Point]:
     plan = network_plan(clock)
     providers = {"default": None, "triton": "triton", "reference": "reference"}
     named = {f"{measure.OURS}:{name}": backend for name, backend in providers.items()}
-    missing = {n: reason for n, b in named.items() if b and (reason := _library.missing(b)) is not None}
+    missing = {n: reason for n, b in named.items() if b and (reason := _loading.missing(b)) is not None}
     usable = {n: b for n, b in named.items() if n not in missing}
 
     def point(name: str, dtype: str, mode: str) -> Point:
@@ -544,7 +542,7 @@ def device_environment(clock: Clock) -> dict[str, Any]:
         gpu["driver"] = environment.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     with contextlib.suppress(ImportError):
         gpu["triton"] = __import__("triton").__version__
-    return {**env, "dry": not clock.cuda, "gpu": gpu, "unavailable": _library.unavailable}
+    return {**env, "dry": not clock.cuda, "gpu": gpu, "unavailable": _loading.unavailable}
 
 
 def run(stage: str, path: Path, dry: bool, seconds: float) -> int:
@@ -569,13 +567,3 @@ def run(stage: str, path: Path, dry: bool, seconds: float) -> int:
         status = measure_rows(stage, record, clock, done, deadline)
     record(kind="end", status=status)
     return 0
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--seconds", type=float, default=450)
-    chosen = parser.parse_args()
-    sys.exit(run(chosen.stage, chosen.path, chosen.dry, chosen.seconds))

@@ -5,17 +5,13 @@ The timing itself is pytest-benchmark's (``suite/``); nothing here depends on py
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import gc
 import json
 import math
-import os
 import random
-import sys
-import tempfile
 import timeit
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from torch import Tensor
 
 from benchmarks import ceilings, peers, sweeps
 from fss_kernels import testing
+from fss_kernels._memory import extra_bytes, flat, nbytes
 from fss_kernels.testing import Sample, Spec
 
 OURS = "fss_kernels"
@@ -54,7 +51,7 @@ class Plan:
     sizes: tuple[str, ...] = ()  # shell patterns of labels, and classes S, M, L; empty: all
     exclude: tuple[str, ...] = ()  # shell patterns of peers to leave out
     quick: bool = False
-    sweep: bool = False  # the sizes of `sweeps`, and its peers
+    sweep: bool = False  # the sizes of `sweeps`, and the peers that have a part in them
     tiny: bool = False  # every number of a size becomes its square root
     named: tuple[str, ...] = ()  # peers that a bound names: they have the first rounds, however slow
     rounds: int = 10  # interleaved visits of every provider
@@ -165,50 +162,6 @@ def rotations(size: int) -> int:
     return max(2, math.ceil(4 * cache_bytes() / max(1, size)))
 
 
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind tensors."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def flat(result: Any) -> list[Tensor]:
-    """The results of a call as a list."""
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what native code writes to stderr; PyTorch's profiler announces every start and stop there."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as sink:
-        os.dup2(sink.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def extra_bytes(call: Callable[[], Any], warm: bool = False) -> int:
-    """Peak of the memory that a call allocates, without its result: every event of PyTorch's allocator, in order.
-
-    ``warm``: the caller has made such a call already; otherwise one comes first, which may compile.
-    """
-    if not warm:
-        call()
-    gc.collect()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        result = call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())["traceEvents"]
-    events = sorted((e["ts"], e["args"]["Bytes"]) for e in trace if e.get("name") == "[memory]")
-    running = np.cumsum([0, *(size for _, size in events)])
-    return int(running.max()) - nbytes(flat(result))
-
-
 @dataclass(frozen=True)
 class Verdict:
     """Outcome of the correctness gate: an empty message lets the provider be timed."""
@@ -277,7 +230,7 @@ class Prepared:
         self.scratch_bytes = spec.scratch_bytes(sample, dtype)
 
         functions = {OURS: spec.function}
-        functions |= {p.name: p.build(first, sample.options) for p in usable if p.takes(row.arguments, row.mode)}
+        functions |= {p.name: peers.build(p) for p in usable if p.takes(row.arguments, row.mode)}
         self.verdicts = gate(spec, dtype, sample, first, self.wanted, functions)
         self.refused = self.verdicts[OURS].message  # our own error refuses the row
         copies = rotations(nbytes(first[n] for n in spec.features if n in first))
@@ -412,15 +365,8 @@ class Session:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         resolved = {op: peers.resolve(op) for op in plan.ops}
-        few = sweeps.QUICK if plan.quick else sweeps.PEERS if plan.sweep else {}
         self.usable = {
-            op: [
-                p
-                for p in usable
-                if p.name not in (*selected([p.name], plan.exclude), *peers.NOT_ON_CPU.get(op, ()))
-                and p.name in few.get(op, (p.name,))
-                and not (plan.quick and p.name.startswith("compile("))
-            ]
+            op: [p for p in peers.chosen(usable, plan.quick, plan.sweep) if not selected([p.name], plan.exclude)]
             for op, (usable, _) in resolved.items()
         }
         self.peers = [record for _, records in resolved.values() for record in records]

@@ -1,18 +1,15 @@
 """Networks on the kernels against the same networks on the reference, and DPCN's SAM against the literal window code.
 
-    python -m benchmarks.models [--out FILE] [--quick true]
-
-DPCN and DPNet with ResNet-50 at 473 x 473, the PASCAL settings, batch 1; --quick has a tiny backbone at 65 x 65, to
-test this program. A provider is timed when its logits, or its loss and gradients, are those of the reference. The
-providers take turns, in an order drawn anew every round. Besides times a row holds the share of them spent in each op,
-the throughput, the peak of what PyTorch allocates in a call, and the peak resident size of a process that makes one
-such call. ``benchmarks.gpu_timing`` times the same calls on a GPU.
+``python -m benchmarks networks`` measures DPCN and DPNet with ResNet-50 at 473 x 473, the PASCAL settings, batch 1. A
+quick run has a tiny backbone at 65 x 65, to test this program. A provider is timed when its logits, or its loss and
+gradients, are those of the reference. The providers take turns, in an order drawn anew every round. Besides times a row
+holds the share of them spent in each op, the throughput, the peak of what PyTorch allocates in a call, and the peak
+resident size of a process that makes one such call. ``benchmarks.gpu_timing`` times the same calls on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import random
@@ -31,16 +28,15 @@ from torch import Tensor, nn
 
 import fss_kernels
 import fss_models
-from benchmarks import environment
+from benchmarks import environment, storage
 from benchmarks.measure import HOPELESS, OURS, Verdict, extra_bytes, flat
-from fss_kernels import _library
+from fss_kernels import _op
 
 NETWORKS: dict[str, dict[str, Any]] = {"dpcn": fss_models.dpcn.PASCAL, "dpnet": {}}  # options of the PASCAL settings
 SMALL: dict[str, dict[str, Any]] = {"dpcn": {"channels": 32}, "dpnet": {"channels": 32, "bins": (6, 3)}}  # with tiny
 OPS = ("support_activation", *NETWORKS)  # what the rows call themselves
 MODES = ("evaluate", "train")
 PROVIDERS: dict[str, str | None] = {OURS: None, "reference": "reference"}  # with the backend that is forced
-CHILD = "FSS_KERNELS_BENCHMARK_CHILD"
 # relative to the largest element: another network would differ by far more
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 SLOW_ROUNDS = 2  # after these a provider HOPELESS times slower than ours sits out
@@ -265,7 +261,7 @@ def time_in_ops() -> Iterator[dict[str, float]]:
 
         return call
 
-    for name, op in _library.ops.items():
+    for name, op in _op.ops.items():
         for implementation in op.backends.values():
             kept.append((implementation, implementation.forward, implementation.backward))
             implementation.forward, implementation.backward = (timed(name, f) for f in kept[-1][1:])
@@ -303,8 +299,8 @@ def measure_task(task: Task, plan: Plan) -> dict[str, str]:
 
 def peak_of_a_process(plan: Plan, task: Task, provider: str) -> int:
     """Largest resident size of a process that builds the network and makes one call, in bytes."""
-    command = [sys.executable, "-m", "benchmarks.models", "--peak_of", f"{task.op}:{task.mode}:{provider}"]
-    command += ["--quick=true"] if plan.backbone == QUICK.backbone else []
+    call = f"peak({plan!r}, {f'{task.op}:{task.mode}:{provider}'!r})"
+    command = [sys.executable, "-c", f"from benchmarks.models import Plan, peak; print({call})"]
     # an allocator that keeps everything would count what is free again
     env = {k: v for k, v in os.environ.items() if k not in environment.ALLOCATOR}
     done = subprocess.run(command, cwd=environment.ROOT, env=env, capture_output=True, text=True, check=True)
@@ -337,7 +333,7 @@ def rows(task: Task, plan: Plan, wrong: Mapping[str, str]) -> list[dict[str, Any
             **dict.fromkeys(("peak_resident_bytes", "scratch_bytes", "roof_fraction")),
         }
         if name not in wrong:
-            inside = {op: sum(i.get(op, 0.0) for i in task.inside[name]) for op in sorted(_library.ops)}
+            inside = {op: sum(i.get(op, 0.0) for i in task.inside[name]) for op in sorted(_op.ops)}
             entry |= {
                 "seconds": {"median": medians[name], "min": min(seconds), "max": max(seconds), "all": seconds},
                 "ratio_to_ours": medians[name] / medians[OURS] if OURS in medians else None,
@@ -380,39 +376,6 @@ def run(plan: Plan, out: Path) -> int:
         for op, name in sorted({(e["op"], e["provider"]) for e in entries if e["provider"] != OURS})
     ]
     results = {"plan": {**asdict(plan), "ops": OPS}, "peers": peers, "rows": entries, "failures": failures, "notes": []}
-    out = out.with_name(f"{out.name}.failed") if failures else out  # does not replace a good file
-    environment.write_json(out, environment.environment() | results)
+    out = storage.write_checked(out, "networks", environment.environment() | results)
     print(f"{len(entries)} entries -> {out}")
     return 1 if failures else 0
-
-
-def main(out: str = "", quick: bool = False, rounds: int | None = None, peak_of: str = "", resume: bool = False) -> int:
-    """Measures the networks; the measuring process starts with the allocator and the threads fixed.
-
-    Args:
-        out: result file; benchmarks/results/<machine>-models.json.
-        quick: a tiny network, to test this program.
-        rounds: in which every provider has a turn; 20 of SAM, 8 of a network when not given.
-        peak_of: op:mode:provider; makes that one call and prints the peak resident size.
-        resume: not when this machine has measured it from the same sources.
-    """
-    plan = QUICK if quick else Plan()
-    if peak_of:
-        print(peak(plan, peak_of))
-        return 0
-    plan = dataclasses.replace(plan, rounds=rounds, network_rounds=rounds) if rounds else plan
-    file = Path(out) if out else environment.RESULTS / f"{environment.machine_slug()}-models.json"
-    code = (*environment.sources(), "fss_models", "benchmarks/models.py")
-    if resume and environment.measured(file, {**asdict(plan), "ops": OPS}, *code):
-        return 0
-    if CHILD not in os.environ:
-        own = {**environment.ALLOCATOR, "OMP_NUM_THREADS": str(environment.cores()), CHILD: "1"}
-        command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:]]
-        return subprocess.run(command, env=os.environ | own).returncode
-    return run(plan, file)
-
-
-if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    sys.exit(auto_cli(main))

@@ -1,12 +1,11 @@
 """What a call costs the host: inputs of a few elements, so that time is dispatch, checks and autograd, not the kernel.
 
 Columns: the forward without a gradient, the forward that keeps what a gradient needs, with the backward, and the
-compiled forward; beside them the usual PyTorch code, forward and with the backward.
+compiled forward; beside them the usual PyTorch code, the first of the op's peers, forward and with the backward.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -16,10 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment, measure, peers, report
+from benchmarks import environment, measure, peers, report, storage
 from fss_kernels import testing
 
-FOLDER = environment.RESULTS / "overhead"
 ROUNDS, CALLS = 20, 100
 COLUMNS = ("forward", "forward, keeping", "forward+backward", "compiled", "PyTorch forward", "PyTorch forward+backward")
 
@@ -32,7 +30,7 @@ def _calls(op: str) -> dict[str, Callable[[], Any]]:
     plain = spec.cast(sample, torch.float32)
     wanted = spec.gradients_of("forward+backward", plain)
     leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in plain.items()}
-    usual = next(p for p in peers.resolve(op)[0] if p.applies(arguments)).build(plain, sample.options)
+    usual = next((peers.build(p) for p in peers.resolve(op)[0] if p.applies(arguments)), None)
     compiled = torch.compile(spec.function, dynamic=False)
 
     def forward(function: Callable[..., Any], tensors: dict[str, Any]) -> Callable[[], Any]:
@@ -48,19 +46,13 @@ def _calls(op: str) -> dict[str, Callable[[], Any]]:
 
         return run
 
-    calls = (
-        forward(spec.function, plain),
-        forward(spec.function, leaves),
-        both(spec.function),
-        forward(compiled, plain),
-        forward(usual, plain),
-        both(usual),
-    )
-    return dict(zip(COLUMNS, calls, strict=True))
+    calls = [forward(spec.function, plain), forward(spec.function, leaves), both(spec.function)]
+    calls += [forward(compiled, plain), *([forward(usual, plain), both(usual)] if usual else [])]
+    return dict(zip(COLUMNS, calls, strict=False))
 
 
 def run(ops: tuple[str, ...], path: Path, rounds: int = ROUNDS, count: int = CALLS) -> dict[str, Any]:
-    """Measures and writes microseconds a call, the median of rounds in which every column has a turn."""
+    """Measures and writes microseconds per call, the median of rounds in which every column has a turn."""
     order, rows = random.Random(0), []
     torch.set_num_threads(environment.cores())
     for op in ops:
@@ -76,7 +68,7 @@ def run(ops: tuple[str, ...], path: Path, rounds: int = ROUNDS, count: int = CAL
                     samples[name].append((time.perf_counter() - start) / count * 1e6)
         rows.append({"op": op, "microseconds": {name: measure.quantiles(s) for name, s in samples.items()}})
     results = {**environment.environment(), "plan": {"ops": list(ops)}, "rounds": rounds, "calls": count, "rows": rows}
-    environment.write_json(path, results)
+    storage.write(path, "overhead", results)
     return results
 
 
@@ -86,28 +78,17 @@ def header() -> list[str]:
 
 
 def cells(results: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table: medians in microseconds."""
-    return [[r["op"], *(f"{r['microseconds'][c]['median']:.0f}" for c in COLUMNS)] for r in results["rows"]]
+    """The rows of the table: medians in microseconds; an op without peers has none of PyTorch's."""
+    medians = [(r["op"], {c: f"{m['median']:.0f}" for c, m in r["microseconds"].items()}) for r in results["rows"]]
+    return [[op, *(of.get(c, "not measured") for c in COLUMNS)] for op, of in medians]
 
 
-def committed() -> list[dict[str, Any]]:
-    """The committed files, one a machine, newest first."""
-    files = [json.loads(p.read_text()) for p in FOLDER.glob("*.json")]
-    return sorted(files, key=lambda r: str(r["environment"]["date"]), reverse=True)
-
-
-def markdown() -> str:
-    """A table of every file, for the README, PyTorch's time bold where it is the shorter one; empty without one."""
-    parts = []
-    for results in committed():
-        env = results["environment"]
-        where = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {env['date'][:10]}"
-        parts += [f"{where}, commit {(env['commit'] or 'unknown')[:10]}:", ""]
-        lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
-        for line, row in zip(lines[2:], results["rows"], strict=True):
-            for ours, usual in (("forward", "PyTorch forward"), ("forward+backward", "PyTorch forward+backward")):
-                median = {name: row["microseconds"][name]["median"] for name in (ours, usual)}
-                if report.verdict(median[usual] / median[ours]) == "peer":
-                    line[header().index(usual)] = f"**{line[header().index(usual)]}**"
-        parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
-    return "\n".join(parts).rstrip()
+def markdown(results: dict[str, Any]) -> str:
+    """The table in Markdown, with PyTorch's time in bold where it is the shorter one."""
+    lines = [header(), ["---", *["---:"] * len(COLUMNS)], *cells(results)]
+    for line, row in zip(lines[2:], results["rows"], strict=True):
+        for ours, usual in (("forward", "PyTorch forward"), ("forward+backward", "PyTorch forward+backward")):
+            median = {name: m["median"] for name, m in row["microseconds"].items()}
+            if usual in median and report.verdict(median[usual] / median[ours]) == "peer":
+                line[header().index(usual)] = f"**{line[header().index(usual)]}**"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

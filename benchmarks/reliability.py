@@ -1,4 +1,4 @@
-"""What the long reliability runs tried, for the README: `make fuzz`, `sanitize`, `mutants` and `dist-check`."""
+"""What the long reliability runs tried: `make fuzz`, `sanitize`, `mutants` and `dist-check`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,88 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment
+from benchmarks import environment, storage
 
-FOLDER = environment.RESULTS / "reliability"
-WHEELS = environment.RESULTS / "wheel"
-
-
-def read(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
-    """What a run recorded, if it ever did."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+# What each run lists, and the name of the list in its content.
+LISTS = {"fuzz": "rounds", "sanitize": "cases", "mutants": "faults", "wheel": "runs"}
 
 
-def record(name: str, content: dict[str, Any], folder: Path = FOLDER) -> None:
+def _stored(name: str, content: dict[str, Any]) -> dict[str, Any]:
+    """A record as a result file holds it: planted faults have a row each."""
+    rest = {key: value for key, value in content.items() if key not in (LISTS[name], "not_run")}
+    if name != "mutants":
+        return {**rest, "rows": content[LISTS[name]]}
+    rows = [{"fault": fault, "planted": True, "caught_by": test} for fault, test in content["faults"].items()]
+    return {**rest, "rows": rows + [{"fault": fault, "planted": False} for fault in content["not_run"]]}
+
+
+def _content(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """What `_stored` got."""
+    content = {key: value for key, value in results.items() if key not in ("rows", "file", "machine", "name")}
+    if name != "mutants":
+        return {**content, LISTS[name]: results["rows"]}
+    faults = {row["fault"]: row["caught_by"] for row in results["rows"] if row["planted"]}
+    return {**content, "faults": faults, "not_run": [row["fault"] for row in results["rows"] if not row["planted"]]}
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """What a run recorded last, on whichever machine; None if it never did."""
+    found = [results for results in storage.committed("reliability") if results["name"] == name]
+    return _content(name, found[-1]) if found else None
+
+
+def record(name: str, content: dict[str, Any]) -> None:
     """Writes a run's figures beside the machine and the commit."""
-    environment.write_json(folder / f"{name}.json", environment.environment() | content)
+    storage.write(storage.here("reliability"), name, _stored(name, environment.environment() | content))
 
 
-def add_round(run: str, seed: str, examples: dict[str, int], failed: int, folder: Path = FOLDER) -> None:
+def wheel_log(platform: str) -> dict[str, Any] | None:
+    """The log of the newest wheel of a platform."""
+    results = storage.run(storage.RESULTS / "wheel" / f"{platform}.csv", "wheel")
+    return results and _content("wheel", results)
+
+
+def record_wheel(platform: str, content: dict[str, Any]) -> Path:
+    """Writes the log of a wheel; returns the file."""
+    path = storage.RESULTS / "wheel" / f"{platform}.csv"
+    storage.write(path, "wheel", _stored("wheel", content))
+    return path
+
+
+def record_file(kind: str, file: Path) -> None:
+    """Adds what a long run wrote. The runs themselves write plain files and know nothing of results.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    text = file.read_text()
+    if kind == "fuzz":
+        rounds = [json.loads(line) for line in text.splitlines()]
+        for r in rounds:
+            add_round(str(rounds[0]["start"]), r["seed"], r["examples"], r["failed"])
+    elif kind == "sanitize":
+        record("sanitize", json.loads(text))
+    elif kind == "wheel":
+        _add_to_log(json.loads(text))
+    else:
+        raise ValueError(f"kind must be fuzz, sanitize or wheel, got {kind!r}")
+
+
+def _add_to_log(content: dict[str, Any]) -> None:
+    """Adds runs to the log of their wheel; a new wheel starts a new log."""
+    platform = Path(content["wheel"]["file"]).stem.rpartition("-")[2]
+    before = wheel_log(platform) or {}
+    kept = before["runs"] if before.get("wheel") == content["wheel"] else []
+    new = {(r["torch"], r["python"]) for r in content["runs"]}
+    kept = [r for r in kept if (r["torch"], r["python"]) not in new]
+    record_wheel(platform, environment.environment() | {**content, "runs": [*kept, *content["runs"]]})
+
+
+def add_round(run: str, seed: str, examples: dict[str, int], failed: int) -> None:
     """Adds a round of `make fuzz`; rounds of another ``run`` are forgotten."""
-    before = read("fuzz", folder) or {}
+    before = read("fuzz") or {}
     rounds = before["rounds"] if before.get("run") == run else []
-    record("fuzz", {"run": run, "rounds": [*rounds, {"seed": seed, "examples": examples, "failed": failed}]}, folder)
+    record("fuzz", {"run": run, "rounds": [*rounds, {"seed": seed, "examples": examples, "failed": failed}]})
 
 
 def _fuzz(content: dict[str, Any]) -> tuple[str, str]:
@@ -67,10 +127,10 @@ def _wheels(content: dict[str, Any]) -> tuple[str, str]:
 ROWS = {"make fuzz": ("fuzz", _fuzz), "make sanitize": ("sanitize", _sanitize), "make mutants": ("mutants", _mutants)}
 
 
-def markdown(folder: Path = FOLDER, wheels: Path = WHEELS) -> str:
-    """The table for the README; a run that was never recorded says so."""
-    found: list[tuple[str, dict[str, Any] | None, Any]] = [(c, read(n, folder), f) for c, (n, f) in ROWS.items()]
-    found += [("make dist-check", read(path.stem, wheels), _wheels) for path in sorted(wheels.glob("*.json"))]
+def markdown() -> str:
+    """The table for docs/reliability.md; a run that was never recorded says so."""
+    found: list[tuple[str, dict[str, Any] | None, Any]] = [(c, read(n), f) for c, (n, f) in ROWS.items()]
+    found += [("make dist-check", _content("wheel", log), _wheels) for log in storage.committed("wheel")]
     lines = ["| command | tried | outcome | when |", "|---|---|---|---|"]
     for command, content, cells in found:
         tried = content and content.get("planted", 0) + len(content.get("not_run", ()))

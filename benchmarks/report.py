@@ -1,4 +1,4 @@
-"""Turns result files into a page and into the README's tables."""
+"""Turns result files into an HTML page and into plots; `pages` writes the documents."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ import jinja2
 from benchmarks import peers, targets
 from benchmarks.measure import OURS
 from benchmarks.targets import fastest_peer, row_entries, version_of
+from fss_kernels import ops, testing
 
 TIE = 0.03  # two runs differ by as much
-AXES = {  # of sweeps, with their units
-    "grid": "grid side, pixels", "channels": "channels", "batch": "batch, samples", "shots": "shots, images",
-    "foreground": "foreground, fraction", "prototypes": "prototypes",
-}  # fmt: skip
+# What a kernel of a backend has run on, where an op has one. No GPU has run one yet.
+BACKEND_STATES = {
+    "reference": "✓",
+    "cpp": "✓ default on CPU",
+    "triton": "compiled, run in the interpreter",
+    "cuda": "compiled, never run",
+}
 
 
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(
         loader=loader, autoescape=jinja2.select_autoescape(), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.globals.update(ratio=ratio, verdict=verdict, missing=missing, crashed=crashed, span=_span,
+    environment.globals.update(ratio=ratio, verdict=verdict, missing=missing, crashed=crashed, span=span,
                                bound=targets.bound)  # fmt: skip
     return environment
 
@@ -60,11 +64,11 @@ def crashed(results: dict[str, Any]) -> list[str]:
 
 
 def released(results: dict[str, Any], op: str) -> set[str]:
-    """Names of an op's peers that are code as it was released; files from before the field leave it to the registry."""
+    """Names of an op's peers that are code as it was released; older files leave it to the peers of now."""
     records = [p for p in results["peers"] if p["op"] == op]
     if any("released" in p for p in records):
         return {p["name"] for p in records if p.get("released")}
-    return {p.name for p in peers.registry.get(op, ()) if p.released}
+    return {p.name for p in peers.of(op) if p.released}
 
 
 def _rate(entry: dict[str, Any]) -> str:
@@ -206,7 +210,7 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
         ticks = sorted({v[0] for values in points.values() for v in values})
         panels[1].set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
         panels[1].xaxis.minorticks_off()
-        panels[1].set_xlabel(AXES[axis])
+        panels[1].set_xlabel(axis_title(rows[0]["op"], axis))
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -214,7 +218,14 @@ def _sweep(rows: list[dict[str, Any]], axis: str) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-def _by_axis(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def axis_title(op: str, axis: str) -> str:
+    """An axis of a sweep with its unit, if it has one."""
+    spec = testing.specs().get(op)
+    unit = spec.units.get(axis) if spec else None
+    return f"{axis}, {unit}" if unit else axis
+
+
+def by_axis(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The timed rows of a sweep by op and axis."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -225,33 +236,13 @@ def _by_axis(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[
 
 def sweep_plots(results: dict[str, Any]) -> dict[str, str]:
     """Title -> SVG for every op and axis of a sweep."""
-    return {f"{op} against {axis}": _sweep(rows, axis) for (op, axis), rows in _by_axis(tables(results)).items()}
+    return {f"{op} against {axis}": _sweep(rows, axis) for (op, axis), rows in by_axis(tables(results)).items()}
 
 
-def sweep_table(files: Iterable[dict[str, Any]]) -> str:
-    """Markdown of sweeps: how many times as long the fastest peer takes along each axis, a table a machine."""
-    machines: dict[str, list[str]] = {}
-    counts: dict[str, set[int]] = {}
-    for results in files:
-        env = results["environment"]
-        when = f"{env['date'][:10]}, commit {(env['commit'] or 'unknown')[:10]}"
-        machine = f"{env['cpu']}, {env['threads']} threads, PyTorch {env['torch']}, {when}"
-        lines, samples = machines.setdefault(machine, []), counts.setdefault(machine, set())
-        for (op, axis), rows in _by_axis(row for row in tables(results) if row["fastest"]).items():
-            samples |= {row["ours"]["seconds"]["samples"] for row in rows}
-            cells = [op, AXES[axis], ", ".join(row["size"].partition("=")[2] for row in rows)]
-            cells.append(", ".join(ratio(row["fastest"]["ratio_to_ours"]) for row in rows))
-            cells.append(", ".join(f"{row['ours']['roof_fraction'] * 100:.0f}" for row in rows))
-            cells.append(", ".join(dict.fromkeys(row["fastest"]["provider"] for row in rows)))
-            lines.append(f"| {' | '.join(cells)} |")
-    head = "| op | axis | values | fastest peer's time ÷ ours | % of roof | fastest peers |\n|---|---|---|---|---|---|"
-    titles = {m: f"{m}, {_span(c)} samples a row:\n" for m, c in counts.items() if c}
-    return "\n\n".join("\n".join([title, head, *machines[machine]]) for machine, title in titles.items())
-
-
-def _span(counts: Iterable[int]) -> str:
-    """The least and the largest of some numbers, for people."""
-    least, most = min(counts), max(counts)
+def span(values: Iterable[Any]) -> str:
+    """The least and the largest of some values, for people."""
+    values = [*values]
+    least, most = min(values), max(values)
     return f"{least}" if least == most else f"{least} to {most}"
 
 
@@ -294,54 +285,29 @@ def render(
     if demo is not None:
         trained = json.loads((demo / "demo.json").read_text())
         pictures = base64.b64encode((demo / "grid.png").read_bytes()).decode()
-    template = _templates().get_template("report.html.j2")
+    template = templates().get_template("report.html.j2")
     return template.render(results=results, rows=rows, scaling=scaling, ours=OURS, demo=trained, pictures=pictures,
                            overhead=overhead,
                            sweeps={k: v for s in sweeps for k, v in sweep_plots(s).items()})  # fmt: skip
 
 
-def _machines(files: list[dict[str, Any]], lines: Iterable[dict[str, Any]]) -> list[dict[str, list[dict[str, Any]]]]:
-    """For every machine its files of ops and of networks, each with its rows and its share of the lines."""
-    machines: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for results in sorted(files, key=lambda f: f["plan"]["ops"]):
-        env = results["environment"]
-        key = tuple(env[name] for name in ("cpu", "threads", "torch"))
-        kind = "networks" if any("share_in_ops" in row for row in results["rows"]) else "ops"
-        machine = machines.setdefault(key, {"ops": [], "networks": []})
-        ops = list(dict.fromkeys(row["op"] for row in results["rows"]))
-        outcomes = [targets.evaluate(line, results) for line in lines if line["op"] in ops]
-        machine[kind].append({**results, "ops": ops, "tables": tables(results), "outcomes": outcomes})
-    return list(machines.values())
-
-
-def readme_section(
-    files: list[dict[str, Any]],
-    overhead: str = "",
-    sweeps: Iterable[dict[str, Any]] = (),
-    lines: Iterable[dict[str, Any]] = (),
-) -> str:
-    """The README's tables, of ops and of networks, one each a machine, of result files that share no op.
-
-    ``overhead``: the table of what a call costs the host, in Markdown; ``sweeps``: result files of sweeps; ``lines``:
-    promises of targets.toml, of which the short ones are listed.
-    """
-    template = _templates().get_template("readme.md.j2")
-    machines = _machines(files, lines)
-    return template.render(machines=machines, overhead=overhead, sweeps=sweep_table(sweeps))
-
-
-def op_section(files: list[dict[str, Any]], ops: Iterable[str], lines: Iterable[dict[str, Any]] = ()) -> str:
-    """The tables of an op's README: the rows of these ops alone, on every machine."""
-    own = ({**f, **{name: [r for r in f[name] if r["op"] in ops] for name in ("rows", "peers")}} for f in files)
-    mine = [results for results in own if results["rows"]]
-    return readme_section(mine, lines=lines) if mine else "Not measured yet."
-
-
-def replace_section(text: str, section: str, name: str = "benchmarks") -> str:
-    """The text with what stands between the markers of that name replaced; ValueError without markers."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    head, found, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"no {begin} ... {end}")
-    return f"{head}{begin}\n{section.strip()}\n{end}{tail}"
+def op_table() -> str:
+    """The README's table of ops, from their specs: a row a folder, with what its kernels have run on."""
+    exported = vars(ops).values()
+    folders: dict[str, list[testing.Spec]] = {}
+    for spec in testing.specs().values():
+        folders.setdefault(spec.op.folder, []).append(spec)
+    lines = [
+        "| op | what it computes | replaces | reference | C++ (CPU) | Triton | CUDA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for folder, members in sorted(folders.items()):
+        package = f"fss_kernels.ops.{folder}"
+        public = [f.__name__ for f in exported if getattr(f, "__module__", None) == package]
+        names = dict.fromkeys([*(spec.name for spec in members), *public])
+        page = f"fss_kernels/ops/{folder}/README.md"
+        cells = [f"[{', '.join(f'`{name}`' for name in names)}]({page})"]
+        cells += ["; ".join(dict.fromkeys(getattr(s, text) for s in members)) for text in ("computes", "replaces")]
+        cells += [s if all(b in m.op.backends for m in members) else "none" for b, s in BACKEND_STATES.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,6 +1,6 @@
-// The developer's module `_native`: torch-free cores on NumPy arrays, and what this machine can do at most (reading,
-// writing, copying memory, fused multiply-add). Its threads are std::thread: a second OpenMP runtime in the process
-// would keep spinning next to PyTorch's. Never part of a wheel.
+// The developer's module `_native`: what this machine can do at most (reading, writing, copying memory, fused
+// multiply-add), which benchmarks compare the ops with. Its threads are std::thread: a second OpenMP runtime in the
+// process would keep spinning next to PyTorch's. Never part of a wheel.
 //
 // The file is its own FSS_CORE: without FSS_ISA it is the module, with FSS_ISA the code of one instruction set.
 #ifndef FSS_ISA
@@ -12,7 +12,6 @@
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
-#include <string>
 #include <thread>
 
 #ifdef __linux__
@@ -177,36 +176,11 @@ double screen_gflops(int threads) {
   return fma_gflops(threads);
 }
 
-// Forward of masked_avg_pool for weights that have the grid's size, on the calling thread.
-template <class T>
-array<T> run_masked_avg_pool(const array<T>& features, const array<T>& weights, double eps) {
-  if (features.ndim() != 4 || weights.ndim() != 4 || features.shape(0) != weights.shape(0) ||
-      features.shape(2) != weights.shape(2) || features.shape(3) != weights.shape(3)) {
-    throw std::invalid_argument("expected features (B, C, H, W) and weights (B, M, H, W)");
-  }
-  masked_avg_pool::PoolArgs args{};
-  args.batch = features.shape(0), args.channels = features.shape(1), args.masks = weights.shape(1);
-  args.pixels = features.shape(2) * features.shape(3);
-  if (args.channels == 0 || args.pixels == 0) throw std::invalid_argument("features has no channels or pixels");
-  array<T> area({args.batch, args.masks}), pooled({args.batch, args.masks, args.channels});
-  if (pooled.size() == 0) return pooled;
-  args.eps = eps;
-  args.features = features.data();
-  args.stride_b = args.channels * args.pixels, args.stride_row = args.pixels;
-  args.weights = weights.data();
-  args.area = area.mutable_data();
-  args.pooled = pooled.mutable_data();
-  FSS_FOR_ISA(masked_avg_pool::sum_weights<T>)(args, 0, args.batch * args.masks);
-  FSS_FOR_ISA(masked_avg_pool::pool<T>)(args, 0, masked_avg_pool::pool_tasks(args));
-  return pooled;
-}
-
 }  // namespace
 }  // namespace fss
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Torch-free cores on NumPy arrays and the ceilings of this machine.";
-  m.attr("isa") = fss::kIsaNames[int(fss::cpu_isa())];
+  m.doc() = "The ceilings of this machine.";
   m.attr("read_patterns") = fss::kPatterns;
   m.def("read_seconds", &fss::read_seconds, py::arg("source").noconvert(), py::arg("threads"), py::arg("pattern") = 0);
   m.def("copy_seconds", &fss::copy_seconds, py::arg("source").noconvert(), py::arg("target").noconvert(),
@@ -214,15 +188,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("write_seconds", &fss::write_seconds, py::arg("target").noconvert(), py::arg("threads"));
   m.def("fma_gflops", &fss::fma_gflops, py::arg("threads"));
   m.def("screen_gflops", &fss::screen_gflops, py::arg("threads"));
-  m.def("masked_avg_pool", &fss::run_masked_avg_pool<float>, py::arg("features").noconvert(),
-        py::arg("weights").noconvert(), py::arg("eps"));
-  m.def("masked_avg_pool", &fss::run_masked_avg_pool<double>, py::arg("features").noconvert(),
-        py::arg("weights").noconvert(), py::arg("eps"));
 }
 
 #else  // one instruction set
-
-#include "masked_avg_pool/masked_avg_pool.h"
 
 namespace fss {
 namespace FSS_ISA {

@@ -1,7 +1,6 @@
 """Fast, verified kernels for few-shot segmentation."""
 
-from fss_kernels import nn
-from fss_kernels._library import use_backend
+from fss_kernels._backends import use_backend
 from fss_kernels.compositions import cycle_consistent_foreground, prior_mask, support_activation
 from fss_kernels.ops import (
     dense_cosine_match,
@@ -22,7 +21,6 @@ __all__ = [
     "hypercorrelation",
     "hypercorrelation_pyramid",
     "masked_avg_pool",
-    "nn",
     "prior_mask",
     "prototype_cosine",
     "support_activation",

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import fss_kernels
-from fss_kernels import _library, testing
+from fss_kernels import _loading, _op, testing
 
 
 def _devices() -> list[str]:
@@ -32,16 +32,16 @@ def info(console: Console) -> int:
         f"fss_kernels {fss_kernels.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}"
     )
     console.print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads", end="")
-    console.print(f", CPU kernels for {_library.cpu_isa()}" if _library.cpu_isa() else "")
-    table = Table("op", "device", "default", *_library.BACKENDS)
-    for op in _library.ops.values():
+    console.print(f", CPU kernels for {_loading.cpu_isa()}" if _loading.cpu_isa() else "")
+    table = Table("op", "device", "default", *_loading.BACKENDS)
+    for op in _op.ops.values():
         for device in _devices():
-            marks = ["yes" if op.why_not(b, device) is None else "no" for b in _library.BACKENDS]
+            marks = ["yes" if op.why_not(b, device) is None else "no" for b in _loading.BACKENDS]
             table.add_row(op.name, device, op.default_backend(device), *marks)
     console.print(table)
-    for op in _library.ops.values():
+    for op in _op.ops.values():
         for device in _devices():
-            for backend in _library.BACKENDS:
+            for backend in _loading.BACKENDS:
                 if (reason := op.why_not(backend, device)) is not None:
                     console.print(f"{op.name} on {device}, {backend}: {reason}", soft_wrap=True)
     return 0
@@ -141,8 +141,8 @@ def verify(console: Console, ops: Sequence[str] = (), only: str | None = None, i
         and not torch.cuda.is_available()
         and importlib.util.find_spec("triton") is not None
     )
-    interpret = interpret and not _library.TRITON_INTERPRETED
-    fault = _library.interpreter_fault(importlib.metadata.version("triton")) if interpret else None
+    interpret = interpret and not _loading.TRITON_INTERPRETED
+    fault = _loading.interpreter_fault(importlib.metadata.version("triton")) if interpret else None
     with ThreadPoolExecutor(1) as pool:  # interpreting takes minutes on one processor
         interpreted = pool.submit(_verify_interpreted, ops) if interpret and fault is None else None
         code = _compare(console, ops, only)
@@ -153,7 +153,7 @@ def verify(console: Console, ops: Sequence[str] = (), only: str | None = None, i
             code = max(code, own_code)
     if fault is not None:
         console.print(f"triton on the CPU: not run here ({fault})", soft_wrap=True)
-    for op in _library.ops.values() if only is None else ():
+    for op in _op.ops.values() if only is None else ():
         if ops and op.name not in ops:
             continue
         if "cuda" in op.backends and not torch.cuda.is_available():
@@ -169,11 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fss-kernels", description=__doc__)
     parser.add_argument("command", choices=["info", "verify"], help="show backends, or check numerics on this machine")
     parser.add_argument("ops", nargs="*", metavar="op", help="verify only these ops")
-    parser.add_argument("--backend", choices=_library.BACKENDS, help="verify only this backend")
+    parser.add_argument("--backend", choices=_loading.BACKENDS, help="verify only this backend")
     parser.add_argument("--no-interpreter", action="store_true", help="verify no Triton kernels without a GPU")
     chosen = parser.parse_args(arguments)
-    if unknown := sorted(set(chosen.ops) - set(_library.ops)):
-        parser.error(f"unknown op {', '.join(unknown)}; there are {', '.join(_library.ops)}")
+    if unknown := sorted(set(chosen.ops) - set(_op.ops)):
+        parser.error(f"unknown op {', '.join(unknown)}; there are {', '.join(_op.ops)}")
     console = Console(width=None if sys.stdout.isatty() else 160)
     return (
         info(console)

@@ -1,33 +1,33 @@
-"""The autograd pair of an op: first derivatives by its backward op, second derivatives by a plain PyTorch formula."""
+"""The derivatives of an op: the first by its backward op, the second by a plain PyTorch formula.
+
+Two autograd Functions do the work: the backward of `Forward` applies `Backward`, whose own backward differentiates the
+formula. Functions take tensors, not lists of them, so both get the lengths of the lists and then every tensor as an
+argument of its own. The torch ops, which take lists, have the same rules for whoever calls them past the Functions:
+``torch.compile``, ``torch.export`` and tests.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from fss_kernels import _library
+from fss_kernels import _backends
+from fss_kernels._layout import stand_in
+
+if TYPE_CHECKING:
+    from fss_kernels._op import Op
 
 _ANY_ARGUMENTS = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
 
 
-def _zeros_for_none(values: Sequence[torch.Tensor | None], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [torch.zeros_like(x) if v is None else v for v, x in zip(values, like, strict=True)]
-
-
-def _values_read(op: _library.Op, tensors: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor]:
-    """The inputs to keep for the backward: one whose values no wanted gradient reads is replaced by a stand-in with its
-    shape, dtype and memory format, so that a feature map is neither held in memory nor protected from in-place use."""
-    read = op.reads(needs)
-    return [t if i in read else _library.stand_in(t) for i, t in enumerate(tensors)]
-
-
 def _below_autograd(raw: Callable[..., Any], args: Sequence[Any]) -> Any:
-    """Calls a raw op past its own autograd rule, which would cost 6 us where nothing is to be recorded."""
+    """Calls a torch op past its own autograd rule, which would cost 6 us where nothing is to be recorded."""
     with torch._C._AutoDispatchBelowAutograd():
         return raw(*args)
 
@@ -37,172 +37,206 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def differentiable(op: _library.Op, formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``call(*tensors, *options) -> results`` that records the op for autograd only when something needs it.
-    The results are the outputs and the statistics that the op returns.
+class _Wanted(NamedTuple):
+    """What the flags of the input tensors mean for a backward."""
 
-    ``formula(*tensors, *saved, *options)`` is the op's differentiable outputs (a tensor, or a tuple when there are
-    several) in plain PyTorch. Its vector-Jacobian product, differentiated, is the backward of the backward.
+    read: tuple[bool, ...]  # for every tensor, whether the wanted gradients depend on its values
+    needs: tuple[Any, ...]  # the flags of the backward op
+    places: tuple[int | None, ...]  # for every tensor, which gradient of the backward op is its own, if it is wanted
+    refused: tuple[str, ...]  # inputs without a gradient of which one is wanted
 
-    An autograd Function takes tensors, not lists of them: both Functions get the lengths of the lists (``sizes``) and
-    then every tensor as an argument of its own. The raw ops, which take lists, share their rules.
-    """
-    n_in, n_out = op.tensors, op.outputs
 
-    def keep_for_backward(
-        ctx: Any, sizes: Any, tensors: Sequence[torch.Tensor], options: Any, needs: Sequence[bool], output: Any
+class Rules:
+    """The derivatives of one op. ``call`` is the op for users. ``of_forward`` and ``of_backward`` are what the torch
+    ops register, a ``setup_context`` and a ``backward`` each."""
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+        self._wanted: dict[Any, _Wanted] = {}
+        self.Forward, self.Backward = _functions(self)
+        self.call = self._caller()
+        self.of_forward = self._keep_forward, self._backward_of_forward
+        self.of_backward = self._keep_backward, self._backward_of_backward
+
+    def _caller(self) -> Callable[..., Any]:
+        op, count, inputs = self.op, len(self.op.returned), len(self.op.inputs)
+
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling():  # Dynamo traces the torch op, whose autograd rule is the same pair
+                results = op.fwd(*args)
+            else:
+                lengths: tuple[int, ...] = ()
+                flat: Sequence[Any] = args
+                tensors: Sequence[Any] = args[:inputs]
+                if op.lists:
+                    lengths, flat = op.lengths(args), op.forward_call.flatten(args)
+                    tensors = flat[: op.tensors(lengths)]
+                if _transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+                    results = self.Forward.apply(lengths, *flat)
+                else:
+                    results = _below_autograd(op.fwd, args)
+            return results[0] if count == 1 else results[:count]
+
+        return call
+
+    # ---- first derivatives ------------------------------------------------------------------------------------------
+
+    def wanted(self, flags: Sequence[bool], lengths: tuple[int, ...]) -> _Wanted:
+        """The meaning of flags, one per input tensor."""
+        key = tuple(flags[: self.op.tensors(lengths)]), lengths
+        if key not in self._wanted:
+            self._wanted[key] = self._meaning(*key)
+        return self._wanted[key]
+
+    def _meaning(self, flags: tuple[bool, ...], lengths: tuple[int, ...]) -> _Wanted:
+        op = self.op
+        needs = op.input_tensors.Call._make(op.input_tensors.nest(flags, lengths))
+        read = op.read_by(needs)
+        gradient, places = 0, []
+        for name, need in zip(op.inputs, needs, strict=True):
+            for each in need if name in op.lists else (need,):
+                places.append(gradient if each and name in op.differentiable else None)
+                gradient += name in op.differentiable
+        constants = (n for n in op.inputs if n not in op.differentiable)
+        return _Wanted(
+            tuple(op.input_tensors.flatten(op.input_tensors.map(lambda name, _: name in read, needs))),
+            tuple(getattr(needs, name) for name in op.differentiable),
+            tuple(places),
+            tuple(n for n in constants if getattr(needs, n) and (n not in op.lists or any(getattr(needs, n)))),
+        )
+
+    def keep(
+        self, ctx: Any, lengths: tuple[int, ...], flat: Sequence[Any], flags: Sequence[bool], results: Sequence[Tensor]
     ) -> None:
-        ctx.sizes, ctx.options, ctx.inputs = sizes, options, len(tensors)
-        ctx.backend = None if torch.compiler.is_compiling() else _library.forced_backend()
-        # the outputs only lend their shapes to missing gradients, of which there are none with one output
-        kept = output[n_out:] if n_out == 1 else output
-        ctx.save_for_backward(*_values_read(op, tensors, needs), *kept)
-        ctx.mark_non_differentiable(*output[n_out:])
+        """Keeps what the backward reads. An input whose values no wanted gradient reads is replaced by a stand-in with
+        its shape, dtype and memory format, so that a feature map is neither held in memory nor protected from in-place
+        use. Of several outputs the shapes are kept, for gradients that nobody gives."""
+        count, outputs = self.op.tensors(lengths), len(self.op.outputs)
+        ctx.wanted, ctx.lengths = self.wanted(flags, lengths), lengths
+        inputs = [t if read else stand_in(t) for t, read in zip(flat[:count], ctx.wanted.read, strict=True)]
+        ctx.save_for_backward(*inputs, *results[outputs:])
+        ctx.options = flat[count:]
+        ctx.shapes = [r.shape for r in results[:outputs]] if outputs > 1 else None
+        ctx.backend = None if torch.compiler.is_compiling() else _backends.forced()
+        ctx.mark_non_differentiable(*results[outputs:])
         ctx.set_materialize_grads(False)
 
-    def first_derivatives(ctx: Any, needs: Sequence[bool], grads: Sequence[torch.Tensor | None]) -> list[Any]:
-        """One gradient a tensor, None where it is not needed."""
-        if all(g is None for g in grads[:n_out]):
-            return [None] * ctx.inputs
-        kept = ctx.saved_tensors  # once: unpacking may recompute (checkpointing)
-        tensors, rest = kept[: ctx.inputs], kept[ctx.inputs :]
-        if n_out > 1:
-            grads, rest = tuple(_zeros_for_none(grads[:n_out], rest[:n_out])), rest[n_out:]
-        arguments = (*grads[:n_out], *tensors, *rest, *ctx.options, *needs)
+    def first_derivatives(self, ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients to the input tensors, None where one is not wanted; ``grads`` are those of the outputs."""
+        of_outputs, places = grads[: len(self.op.outputs)], ctx.wanted.places
+        given = next((g for g in of_outputs if g is not None), None)
+        if given is None:
+            return [None] * len(places)
+        if ctx.wanted.refused:  # never a silent zero
+            raise RuntimeError(f"{self.op.name}: no gradient to {', '.join(ctx.wanted.refused)}: pass it detached")
+        if ctx.shapes:
+            of_outputs = [given.new_zeros(s) if g is None else g for g, s in zip(of_outputs, ctx.shapes, strict=True)]
+        flat = (*of_outputs, *ctx.saved_tensors, *ctx.options, *ctx.wanted.needs)
+        run = self.Backward.apply if torch.is_grad_enabled() or _transformed() else self.backward
         # the autograd engine may run this in a thread that does not see the caller's use_backend
-        with _library.use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():
-            if torch.is_grad_enabled() or _transformed():  # differentiable again
-                gradients = Backward.apply(ctx.sizes, *arguments)
-            else:
-                gradients = backward_op(ctx.sizes, *arguments)
-        return [g if need else None for g, need in zip(gradients, needs, strict=True)]
+        with _backends.use_backend(ctx.backend) if ctx.backend else contextlib.nullcontext():
+            results = run(ctx.lengths, *flat)
+        return [None if i is None else results[i] for i in places]
 
-    def backward_op(sizes: Any, *args: Any) -> tuple[torch.Tensor, ...]:
-        """The raw backward op on separate tensors."""
-        if not op.lists:
-            return _below_autograd(op.bwd, args)
-        count = n_in + sum(sizes) - len(sizes)
-        tensors, rest = args[n_out : n_out + count], args[n_out + count : len(args) - count]
-        nested = (*args[:n_out], *op.nest(sizes, tensors), *rest, *op.nest(sizes, args[len(args) - count :]))
-        return tuple(op.flatten(_below_autograd(op.bwd, nested))[1])
+    def backward(self, lengths: tuple[int, ...], *flat: Any) -> tuple[Tensor, ...]:
+        """The backward op on separate tensors."""
+        gradients = _below_autograd(self.op.bwd, self.op.backward_call.nest(flat, lengths))
+        return tuple(self.op.gradients.flatten(gradients))
 
-    def second_derivatives(
-        sizes: Any,
-        grads: Sequence[torch.Tensor],
-        tensors: Sequence[torch.Tensor],
-        statistics: Sequence[torch.Tensor],
-        options: Sequence[Any],
-        needs: Sequence[bool],
-        grad_grads: Sequence[torch.Tensor | None],
-    ) -> tuple[Any, list[Any]]:
-        """Gradients to ``grads`` and to ``tensors``."""
+    def _keep_forward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        flat = self.op.forward_call.flatten(inputs)
+        self.keep(ctx, self.op.lengths(inputs), flat, ctx.needs_input_grad, output)
+
+    def _backward_of_forward(self, ctx: Any, *grads: Tensor | None) -> Any:
+        gradients = self.op.input_tensors.nest(self.first_derivatives(ctx, grads), ctx.lengths)
+        return *gradients, *(None for _ in self.op.options)
+
+    # ---- second derivatives -----------------------------------------------------------------------------------------
+
+    def keep_backward(self, ctx: Any, lengths: tuple[int, ...], flat: Sequence[Any]) -> None:
+        """Keeps all arguments of the backward op."""
+        ctx.save_for_backward(*(x for x in flat if isinstance(x, Tensor)))
+        ctx.others, ctx.lengths = [x for x in flat if not isinstance(x, Tensor)], lengths
+        ctx.set_materialize_grads(False)
+
+    def second_derivatives(self, ctx: Any, grad_grads: Sequence[Tensor | None]) -> Any:
+        """The gradients to the arguments of the backward op, None where there is none; ``grad_grads`` are flat.
+
+        The backward op computes the vector-Jacobian product of the formula. That product is differentiated."""
+        op, lengths = self.op, ctx.lengths
+        call = op.backward_call.Call._make(op.backward_call.nest((*ctx.saved_tensors, *ctx.others), lengths))
+        grads = [getattr(call, f"grad_{n}") for n in op.outputs]
+        inputs = op.gradients.flatten([getattr(call, n) for n in op.differentiable])
+        needs = op.gradients.flatten([getattr(call, f"need_{n}") for n in op.differentiable])
         wanted = [i for i, need in enumerate(needs) if need]
-        free = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+        free = [i for i, x in enumerate(inputs) if x.is_floating_point()]
 
-        def gradients(*values: torch.Tensor) -> Any:
-            given, differentiated = values[:n_out], list(tensors)
-            for i, value in zip(free, values[n_out:], strict=True):
-                differentiated[i] = value
+        def outputs(values: Mapping[int, Tensor]) -> Any:
+            given = op.gradients.nest([values.get(i, x) for i, x in enumerate(inputs)], lengths)
+            return op.formula(call._replace(**dict(zip(op.differentiable, given, strict=True))))
 
-            def outputs_of(*chosen: torch.Tensor) -> Any:
-                arguments = list(differentiated)
-                for i, value in zip(wanted, chosen, strict=True):
-                    arguments[i] = value
-                return formula(*op.nest(sizes, arguments), *statistics, *options)
-
-            vjp: Callable[..., Any] = torch.func.vjp(outputs_of, *(differentiated[i] for i in wanted))[1]
-            return vjp(given[0] if n_out == 1 else tuple(given))
+        def gradients(of_outputs: list[Tensor], of_free: list[Tensor]) -> Any:
+            values = dict(zip(free, of_free, strict=True))
+            chosen = [values[i] for i in wanted]
+            vjp = torch.func.vjp(lambda *x: outputs(values | dict(zip(wanted, x, strict=True))), *chosen)[1]
+            return vjp(of_outputs[0] if len(of_outputs) == 1 else tuple(of_outputs))
 
         with torch.autocast(grads[0].device.type, enabled=False):  # would round the formula's products
-            results, vjp = torch.func.vjp(gradients, *grads, *(tensors[i] for i in free))  # type: ignore[misc]
-            second = vjp(tuple(_zeros_for_none([grad_grads[i] for i in wanted], results)))
-        by_tensor = dict(zip(free, second[n_out:], strict=True))
-        return second[:n_out], [by_tensor.get(i) for i in range(len(tensors))]
+            results, vjp = torch.func.vjp(gradients, grads, [inputs[i] for i in free])[:2]
+            given = zip((grad_grads[i] for i in wanted), results, strict=True)
+            to_grads, to_free = vjp(tuple(torch.zeros_like(r) if g is None else g for g, r in given))
+        by_input = dict(zip(free, to_free, strict=True))
+        to_inputs = op.gradients.nest([by_input.get(i) for i in range(len(inputs))], lengths)
+        found = {f"grad_{n}": g for n, g in zip(op.outputs, to_grads, strict=True)}
+        found |= zip(op.differentiable, to_inputs, strict=True)
+        nothing = op.backward_call.map(lambda *_: None, call)
+        return nothing._replace(**found)
 
-    class Backward(torch.autograd.Function):
-        generate_vmap_rule = True
+    def _keep_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        call = self.op.backward_call.Call(*inputs)
+        lengths = tuple(len(getattr(call, name)) for name in self.op.lists)
+        self.keep_backward(ctx, lengths, self.op.backward_call.flatten(call))
 
-        @staticmethod
-        def forward(sizes: Any, *args: Any) -> Any:
-            return backward_op(sizes, *args)
+    def _backward_of_backward(self, ctx: Any, *grad_grads: Any) -> Any:
+        return tuple(self.second_derivatives(ctx, self.op.gradients.flatten(grad_grads)))
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            tensors = [a for a in inputs if isinstance(a, torch.Tensor)]
-            ctx.sizes, ctx.rest, ctx.inputs = inputs[0], inputs[1 + len(tensors) :], len(output)
-            ctx.save_for_backward(*tensors)
-            ctx.set_materialize_grads(False)
 
-        @staticmethod
-        def backward(ctx: Any, *grad_grads: torch.Tensor | None) -> Any:
-            saved, n = ctx.saved_tensors, ctx.inputs
-            grads, tensors, statistics = saved[:n_out], saved[n_out : n_out + n], saved[n_out + n :]
-            options, needs = ctx.rest[:-n], ctx.rest[-n:]
-            to_grads, to_tensors = second_derivatives(ctx.sizes, grads, tensors, statistics, options, needs, grad_grads)
-            return None, *to_grads, *to_tensors, *(None,) * (len(statistics) + len(ctx.rest))
+def _functions(rules: Rules) -> tuple[Any, Any]:
+    """The two autograd Functions of an op."""
+    op = rules.op
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(sizes: Any, *args: Any) -> Any:
-            count = n_in + sum(sizes) - len(sizes)
-            return _below_autograd(op.fwd, (*op.nest(sizes, args[:count]), *args[count:]))
+        def forward(lengths: Any, *flat: Any) -> Any:
+            return _below_autograd(op.fwd, op.forward_call.nest(flat, lengths))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            sizes = inputs[0]
-            count = n_in + sum(sizes) - len(sizes)
-            tensors, options = inputs[1 : 1 + count], inputs[1 + count :]
-            keep_for_backward(ctx, sizes, tensors, options, ctx.needs_input_grad[1 : 1 + count], output)
+            rules.keep(ctx, inputs[0], inputs[1:], ctx.needs_input_grad[1:], output)
 
         @staticmethod
-        def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-            needs = tuple(ctx.needs_input_grad[1 : 1 + ctx.inputs])
-            return None, *first_derivatives(ctx, needs, grads), *(None,) * len(ctx.options)
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return None, *rules.first_derivatives(ctx, grads), *(None for _ in op.options)
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(lengths: Any, *flat: Any) -> Any:
+            return rules.backward(lengths, *flat)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            rules.keep_backward(ctx, inputs[0], inputs[1:])
+
+        @staticmethod
+        def backward(ctx: Any, *grad_grads: Tensor | None) -> Any:
+            return None, *op.backward_call.flatten(rules.second_derivatives(ctx, grad_grads))
 
     for function in (Forward, Backward):
         function.__name__ = function.__qualname__ = f"{op.name}_{function.__name__}"
         # Function.apply binds the signature of `forward` on every call; a cached one saves 4 us.
         function.forward.__signature__ = _ANY_ARGUMENTS  # type: ignore[attr-defined]
-
-    def raw_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        sizes, tensors = op.flatten(inputs[:n_in])
-        keep_for_backward(ctx, sizes, tensors, inputs[n_in:], ctx.needs_input_grad[: len(tensors)], output)
-
-    def raw_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        needs = tuple(op.flatten(ctx.needs_input_grad[:n_in])[1])
-        return *op.nest(ctx.sizes, first_derivatives(ctx, needs, grads)), *(None,) * len(ctx.options)
-
-    def raw_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.sizes, tensors = op.flatten(inputs[n_out : n_out + n_in])
-        statistics = [a for a in inputs[n_out + n_in :] if isinstance(a, torch.Tensor)]
-        ctx.options, ctx.needs = inputs[n_out + n_in + len(statistics) : -n_in], op.flatten(inputs[-n_in:])[1]
-        ctx.inputs = len(tensors)
-        ctx.save_for_backward(*inputs[:n_out], *tensors, *statistics)
-        ctx.set_materialize_grads(False)
-
-    def raw_backward_backward(ctx: Any, *grad_grads: Any) -> Any:
-        saved, n = ctx.saved_tensors, ctx.inputs
-        grads, tensors, statistics = saved[:n_out], saved[n_out : n_out + n], saved[n_out + n :]
-        to_grads, to_tensors = second_derivatives(
-            ctx.sizes, grads, tensors, statistics, ctx.options, ctx.needs, op.flatten(grad_grads)[1]
-        )
-        nones = (None,) * (len(statistics) + len(ctx.options) + n_in)
-        return *to_grads, *op.nest(ctx.sizes, to_tensors), *nones
-
-    op.register_autograd("fwd", raw_setup_context, raw_backward)
-    op.register_autograd("bwd", raw_backward_setup_context, raw_backward_backward)
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():  # Dynamo traces the raw op, whose autograd rule is the same pair
-            results = op.fwd(*args)
-        else:
-            sizes, tensors = op.flatten(args[:n_in])
-            if _transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-                results = Forward.apply(sizes, *tensors, *args[n_in:])
-            else:
-                results = _below_autograd(op.fwd, args)
-        return results[0] if n_out + op.returned == 1 else results[: n_out + op.returned]
-
-    return call
+    return Forward, Backward

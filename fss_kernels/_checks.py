@@ -65,6 +65,22 @@ def finite(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def fraction(op: str, name: str, value: Any) -> float:
+    """A number 0 ... 1, as float."""
+    if not 0 <= finite(op, name, value) <= 1:
+        raise ValueError(f"{op}: {name} must be 0 ... 1, got {value}")
+    return float(value)
+
+
+def integer(op: str, name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    """An int lowest ... highest; None: any that is at least ``lowest``."""
+    if type(value) is not int:
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < lowest or (highest is not None and value > highest):
+        wanted = f">= {lowest}" if highest is None else f"{lowest} ... {highest}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
+
+
 def one_dtype(op: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """The named tensors in one dtype: under autocast the widest of theirs, otherwise that of the first or an error."""
     (first_name, first), *rest = tensors.items()

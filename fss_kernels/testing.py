@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fss_kernels import _library
+from fss_kernels import _backends, _loading, _op
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FACTOR = {"forward": 2.0, "backward": 3.0}
@@ -28,6 +29,10 @@ FLOOR = {torch.float64: 2.0**-47, torch.float32: 2.0**-20, torch.bfloat16: 2.0**
 REFERENCE_FLOOR = 2.0**-40
 # A plain formula further off than this is not computing the same thing: its error buys no tolerance beyond it.
 PLAIN_CAP = {torch.float64: 2.0**-43, torch.float32: 2.0**-15, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
+
+# A kernel, an id, the types of its pointers and its constants: what a launcher of Triton instantiates.
+Variant = tuple[Any, str, dict[str, Any], dict[str, Any]]
+TRITON_DTYPES = ("fp32", "bf16", "fp16")  # of features
 
 A_FIFTH = math.pi / 16  # of an image: a disc whose radius is a quarter of its side
 
@@ -66,13 +71,55 @@ class Cost:
     screened: bool = False
 
 
+@dataclass(frozen=True)
+class Peer:
+    """An alternative to an op, called as the spec's ``function``; an op's folder lists its own in ``peers.py``.
+
+    Peers are frozen: they call PyTorch, or the library that they are, and nothing of this package, so that a ratio to
+    them changes with our code alone. Only the benchmarks import them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    cannot: str  # in one sentence, what the op does and this does not
+    applies: Callable[[Mapping[str, Any]], bool] = lambda size: True  # to a size: arguments of `benchmark_sample`
+    released: bool = False  # what published repositories run
+    form: str = "eager"  # or "compile", "max-autotune": how PyTorch compiles ``function``
+    part: Callable[..., Any] | None = None  # compiled in every form, and then the first argument of ``function``
+    runs: tuple[str, ...] = ()  # "quick" and "sweep": it has a part in these runs too, as all peers if none says so
+    on_cpu: bool = True  # False where on a CPU its code is that of another peer: left out of runs there
+    backward: bool = True  # has gradients
+    module: str = "torch"  # what it needs; its version is recorded
+    extra: str = ""  # the project's extra that installs the module
+    gpu_only: bool = False  # the module does this on a GPU only
+    optional: bool = False  # may be missing without failing the run
+
+    def takes(self, size: Mapping[str, Any], mode: str) -> bool:
+        """Whether this peer has a place in a row."""
+        return self.applies(size) and (self.backward or mode == "forward")
+
+    def compiled(self, **changes: Any) -> Peer:
+        """The same under ``torch.compile``: no code that was released."""
+        return self._formed("compile", "seconds of compilation per shape", changes)
+
+    def autotuned(self, **changes: Any) -> Peer:
+        """The same under ``torch.compile``, which times several codes for every matrix product."""
+        return self._formed("max-autotune", "up to a minute of compilation per shape", changes)
+
+    def _formed(self, form: str, needs: str, changes: dict[str, Any]) -> Peer:
+        cannot = f"{changes.pop('cannot', self.cannot)}; needs {needs}"
+        same: dict[str, Any] = {"name": f"{form}({self.name})", "form": form, "released": False, "runs": ()}
+        return replace(self, **{**same, "cannot": cannot, **changes})
+
+
 @dataclass(frozen=True, eq=False)
 class Spec:
     """Everything the generic batteries and the benchmarks need to know of one op."""
 
     name: str
+    signature: str  # of the public function, without annotations
     function: Callable[..., Any]  # public function, with every tensor as an argument of its own
-    op: _library.Op
+    op: _op.Op
     reference: Callable[..., Any]  # differentiable plain PyTorch, same call as `function`: the oracle in float64
     plain: Callable[..., Any]  # the formula as the field writes it, same call: sets the tolerance
     arguments: Callable[..., tuple[Any, ...]]  # the call as positional arguments of the raw forward op
@@ -89,7 +136,15 @@ class Spec:
     # arguments of `benchmark_sample` and, one varied at a time, other values of them: the plots of time and memory
     base: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=dict)  # of the axes that have one
+    computes: str = ""  # what the README's table of ops says of this op, or of its whole folder
+    replaces: str = ""
     static: dict[str, tuple[int, ...]] = field(default_factory=dict)  # tensor -> dimensions fixed under torch.compile
+    counted: tuple[str, ...] = ()  # tensors of masks, prototypes or shots: of these (dimension 1) there may be 0
+    channel_dim: dict[str, int] = field(default_factory=dict)  # feature tensor -> its dimension of channels, if not -3
+    # Results that are cosines, with eps=0 and with what this function of a call's options changes in them.
+    cosines: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    indexed: bool = False  # the public function returns every map of scores and then its index; `function` scores alone
 
     def gradients_of(self, mode: str, tensors: Iterable[str]) -> list[str]:
         """Those of the named tensors whose gradients a benchmark mode takes."""
@@ -116,12 +171,30 @@ def disc(batch: int, size: int, share: float) -> Tensor:
     return torch.zeros(batch, size * size).scatter_(1, nearest, 1.0).view(batch, size, size)
 
 
+def part(op: _op.Op, name: str, member: str, purpose: str) -> Any:
+    """What a module in the op's folder defines: every op brings its own spec, random calls and variants of kernels.
+
+    Raises:
+        ImportError: the module or its member is missing; the message names the file and what it has to define.
+    """
+    path = f"fss_kernels.ops.{op.folder}.{name}"
+    file = f"{path.replace('.', '/')}.py"
+    if importlib.util.find_spec(path) is None:
+        raise ImportError(f"{op.name}: {file} is missing; it has to define {member}: {purpose}")
+    module = importlib.import_module(path)
+    if not hasattr(module, member):
+        raise ImportError(f"{op.name}: {file} has to define {member}: {purpose}")
+    return getattr(module, member)
+
+
 def specs() -> dict[str, Spec]:
     """The spec of every op, by name; a folder of several ops has `SPECS`."""
     found = {}
-    for name, op in _library.ops.items():
-        module = importlib.import_module(f"fss_kernels.ops.{op.folder or name}.spec")
-        found[name] = module.SPECS[name] if op.folder else module.SPEC
+    for name, op in _op.ops.items():
+        if op.folder != name:
+            found[name] = part(op, "spec", "SPECS", "a fss_kernels.testing.Spec for every op, by name")[name]
+        else:
+            found[name] = part(op, "spec", "SPEC", "a fss_kernels.testing.Spec")
     return found
 
 
@@ -274,11 +347,13 @@ def gradients(
 def raw_backward(spec: Spec, results: Any, arguments: tuple[Any, ...], needs: Iterable[bool]) -> tuple[Any, ...]:
     """Arguments of the raw backward op: the forward's results stand for the gradients of its outputs; one flag a
     tensor, false for those that only the raw op has."""
-    op = spec.op
-    sizes, flat = op.flatten(arguments[: op.tensors])
-    flags = op.nest(sizes, [*needs, *[False] * len(flat)][: len(flat)])
-    tensors, options = arguments[: op.tensors], arguments[op.tensors :]
-    return (*results[: op.outputs], *tensors, *results[op.outputs :], *options, *flags)
+    op, given, flags = spec.op, dict(zip(spec.op.forward_call.names, arguments, strict=True)), iter(needs)
+    given |= dict(zip(op.results, results, strict=True))
+    given |= {f"grad_{name}": given[name] for name in op.outputs}
+    for name in op.inputs:
+        lists = name in op.lists
+        given[f"need_{name}"] = [next(flags, False) for _ in given[name]] if lists else next(flags, False)
+    return tuple(given[name] for name in op.backward_call.names)
 
 
 def differentiable_names(spec: Spec, tensors: dict[str, Tensor]) -> list[str]:
@@ -350,7 +425,7 @@ def judge(
         expected: the oracle of these values, if it is known.
     """
     expected = expected or _expectation(spec, tensors, options, names, dtype)
-    with _library.use_backend(backend):
+    with _backends.use_backend(backend):
         actual = gradients(spec.function, tensors, options, names, layout)
     # the float64 reference cannot be its own oracle
     itself = backend == "reference" and dtype == torch.float64
@@ -368,9 +443,9 @@ def judge(
     return comparisons
 
 
-def backends(op: _library.Op, device: str = "cpu") -> list[str]:
+def backends(op: _op.Op, device: str = "cpu") -> list[str]:
     """The backends that can run an op on a device type here."""
-    return [b for b in _library.BACKENDS if op.why_not(b, device) is None]
+    return [b for b in _loading.BACKENDS if op.why_not(b, device) is None]
 
 
 def takes(sample: Sample, layout: str) -> bool:

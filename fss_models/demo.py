@@ -1,4 +1,4 @@
-"""A minute of training on rendered characters: training, evaluation and prediction run, on characters not trained on."""
+"""A minute of training on rendered characters, then evaluation and pictures on characters not trained on."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from fss_models.data.episodes import Geometry, batches, denormalise, to_batch
 from fss_models.data.files import Array, write_bytes, write_png
 from fss_models.data.protocols import Protocol
 from fss_models.errors import ConfigError
+from fss_models.interpolation import resized
 from fss_models.metrics import EpisodeIoU
 from fss_models.model import FewShotModel
 from fss_models.processes import Processes, processes
@@ -90,28 +91,21 @@ def probabilities(
     h, w = query.shape[-2:]
     total = query.new_zeros(query.shape[0], h, w)
     for scale in scales:
-        size = tuple(max(1, round((n - 1) * scale / 8)) * 8 + 1 for n in (h, w))
+        size = torch.Size(max(1, round((n - 1) * scale / 8)) * 8 + 1 for n in (h, w))
         if size == (h, w) or scale == 1.0:
             logits = model(query, support, mask)
         else:
-            q = F.interpolate(query, size, mode="bilinear", align_corners=True)
-            s = F.interpolate(support.flatten(0, 1), size, mode="bilinear", align_corners=True)
-            m = F.interpolate(mask, size, mode="nearest")
-            logits = model(q, s.unflatten(0, support.shape[:2]), m)
-        chances = logits.float().softmax(1)[:, 1:]
-        if chances.shape[-2:] != (h, w):
-            chances = F.interpolate(chances, (h, w), mode="bilinear", align_corners=True)
-        total += chances[:, 0]
+            s = resized(support.flatten(0, 1), size).unflatten(0, support.shape[:2])
+            logits = model(resized(query, size), s, F.interpolate(mask, size, mode="nearest"))
+        total += resized(logits.float().softmax(1)[:, 1:], (h, w))[:, 0]
     return total / len(scales)
 
 
 def at_truth(chances: Tensor, geometry: Geometry, size: tuple[int, int]) -> Tensor:
     """Probabilities (H, W) of the square input at the size (h, w) of the truth: cut to the image, then resized."""
-    if tuple(chances.shape) == size and geometry.filled == size:
-        return chances
     h, w = geometry.filled
     part = chances[None, None, :h, :w] if size == geometry.original else chances[None, None]
-    return F.interpolate(part, size, mode="bilinear", align_corners=True)[0, 0]
+    return resized(part, size)[0, 0]
 
 
 def overlay(image: Array, mask: Array) -> Array:

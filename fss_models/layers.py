@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fss_kernels import masked_avg_pool
 from fss_models.backbones import Features
-from fss_models.losses import resized
+from fss_models.interpolation import resized
 
 
 def convolution(inputs: int, outputs: int, size: int, *, bias: bool = False, dilation: int = 1) -> nn.Sequential:
@@ -42,10 +42,9 @@ class Reduction(nn.Module):
         return self.reduce(torch.cat([features.stage3, stage2], 1))
 
 
-def mean_prototype(features: Tensor, mask: Tensor, eps: float) -> Tensor:
+def mean_prototype(features: Tensor, mask: Tensor) -> Tensor:
     """Masked average of every shot, averaged: features (B*S, C, h, w), mask (B, S, H, W) to (B, C)."""
-    prototypes = masked_avg_pool(features, mask.flatten(0, 1), eps=eps)
-    return prototypes.unflatten(0, mask.shape[:2]).mean(1)
+    return masked_avg_pool(features, mask.flatten(0, 1)).unflatten(0, mask.shape[:2]).mean(1)
 
 
 def expanded(prototype: Tensor, like: Tensor) -> Tensor:
@@ -74,12 +73,9 @@ class ASPP(nn.Module):
 class FeatureEnrichment(nn.Module):
     """PFENet's feature enrichment module: comparison at several bins, refined from one bin to the next.
 
-    ``compare`` is called by ``forward`` once a bin; what it gets besides the query is up to the caller: maps
-    (B, C', h, w), several lists of which are compared with shared weights and summed.
-
     Args:
         channels: of the query and of everything inside.
-        others: channels of the maps compared with the query.
+        others: channels of all maps compared with the query.
         bins: sizes of the grids: int rows and columns, or float parts of the query's grid.
         dropout: of the classifiers.
     """
@@ -96,14 +92,16 @@ class FeatureEnrichment(nn.Module):
         self.refine = pair(channels)
         self.classify = classifier(channels, dropout)
 
-    def forward(self, query: Tensor, branches: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        """Query (B, C, h, w) and lists of maps to logits (B, 2, h, w) and the inner logits of every bin."""
+    def forward(self, query: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Query (B, C, h, w) and maps (B, C', h', w') to logits (B, 2, h, w) and the inner logits of every bin.
+
+        A map of one pixel is a prototype, repeated at every bin.
+        """
         grid = query.shape[-2:]
         pyramid: list[Tensor] = []
         for i, size in enumerate(self.grids(grid)):
             pooled = F.adaptive_avg_pool2d(query, size)
-            compared = [self.merge[i](torch.cat([pooled, *(self.at(m, size) for m in maps)], 1)) for maps in branches]
-            merged = torch.stack(compared).sum(0) if len(compared) > 1 else compared[0]
+            merged = self.merge[i](torch.cat([pooled, *(self.at(m, size) for m in maps)], 1))
             if i > 0:
                 merged = merged + self.alpha[i - 1](torch.cat([merged, resized(pyramid[-1], size)], 1))
             pyramid.append(merged + self.beta[i](merged))

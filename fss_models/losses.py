@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fss_models.interpolation import resized
+
 IGNORE = 255
 
 
@@ -35,10 +37,3 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
         tensor(0.3466)
     """
     return sample_losses(logits, target).mean()
-
-
-def resized(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Maps (B, C, h, w) at (H, W), bilinearly with aligned corners; the maps themselves when they have that size."""
-    if maps.shape[-2:] == tuple(size):
-        return maps
-    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)

@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fss_kernels import _checks
 from fss_models.backbones import Backbone, Features, Tiny
-from fss_models.losses import IGNORE, resized
-
-
-def check_option(model: str, name: str, value: Any, choices: Iterable[Any]) -> None:
-    """An option that has one of a few values."""
-    choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{model}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_flags(model: str, **flags: Any) -> None:
-    """True or False."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{model}: {name} must be True or False, got {value!r}")
-
-
-def check_count(model: str, name: str, value: Any) -> None:
-    """A positive int."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{model}: {name} must be a positive int, got {value!r}")
-
-
-def check_odd(model: str, name: str, value: Any, lowest: int = 1, highest: int = 9) -> None:
-    """An odd size lowest ... highest."""
-    if type(value) is not int or not lowest <= value <= highest or value % 2 == 0:
-        raise ValueError(f"{model}: {name} must be an odd int {lowest} ... {highest}, got {value!r}")
-
-
-def check_windows(model: str, value: Any) -> None:
-    """Pairs of odd sizes."""
-    pairs = isinstance(value, (tuple, list)) and all(isinstance(w, (tuple, list)) and len(w) == 2 for w in value)
-    if not pairs or not value or not all(type(n) is int and n > 0 and n % 2 for w in value for n in w):
-        raise ValueError(f"{model}: windows must be pairs (dh, dw) of odd int, got {value!r}")
-
-
-def check_number(model: str, name: str, value: Any, lowest: float = 0.0, highest: float = float("inf")) -> None:
-    """A number of a range."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not lowest <= value <= highest:
-        raise ValueError(f"{model}: {name} must be a number {lowest:g} ... {highest:g}, got {value!r}")
+from fss_models.interpolation import resized
+from fss_models.losses import IGNORE
 
 
 def default_stages(backbone: nn.Module, stages: bool | tuple[int, ...]) -> bool | tuple[int, ...]:
@@ -59,32 +20,25 @@ def default_stages(backbone: nn.Module, stages: bool | tuple[int, ...]) -> bool 
     return stages if isinstance(backbone, Backbone) and not isinstance(backbone, Tiny) else True
 
 
+_RANKS = {"query": "(B, 3, H, W)", "support": "(B, S, 3, H, W)", "mask": "(B, S, H, W)", "target": "(B, H, W)"}
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+_DTYPES = {"mask": (*_checks.MASK_DTYPES, *_INTEGERS), "target": (torch.int64,)}
+
+
 def check_episode(model: str, query: Tensor, support: Tensor, mask: Tensor, target: Tensor | None = None) -> None:
     """Shapes, dtypes and devices of an episode, before anything is computed."""
     given = {"query": query, "support": support, "mask": mask} | ({} if target is None else {"target": target})
-    ranks = {"query": "(B, 3, H, W)", "support": "(B, S, 3, H, W)", "mask": "(B, S, H, W)", "target": "(B, H, W)"}
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{model}: {name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.ndim != ranks[name].count(",") + 1:
-            raise ValueError(f"{model}: {name} must have shape {ranks[name]}, got {tuple(value.shape)}")
-        if 0 in value.shape:
-            raise ValueError(f"{model}: {name} is empty, got shape {tuple(value.shape)}")
-        if value.device != query.device:
-            raise ValueError(f"{model}: {name} must be on the device of query, {query.device}, got {value.device}")
-    for name, value in (("query", query), ("support", support)):
-        if not value.is_floating_point():
-            raise TypeError(f"{model}: {name} must be floating, got {str(value.dtype).removeprefix('torch.')}")
-    if mask.is_complex():
-        raise TypeError(f"{model}: mask must be bool, integer or floating, got {mask.dtype}")
+        shape = _RANKS[name]
+        _checks.tensor(model, name, value, {shape.count(",") + 1: shape}, _DTYPES.get(name, _checks.FEATURE_DTYPES))
+        _checks.not_empty(model, name, value, slice(None), "elements")
+        _checks.same_device(model, name, value, "query", query)
     batch, shots, size = query.shape[0], support.shape[1], query.shape[2:]
     expected = {"query": (batch, 3, *size), "support": (batch, shots, 3, *size), "mask": (batch, shots, *size)}
     expected["target"] = (batch, *size)
     for name, value in given.items():
         if tuple(value.shape) != expected[name]:
             raise ValueError(f"{model}: {name} must have shape {expected[name]}, got {tuple(value.shape)}")
-    if target is not None and target.dtype != torch.int64:
-        raise TypeError(f"{model}: target must have dtype int64, got {str(target.dtype).removeprefix('torch.')}")
 
 
 def labels_of(mask: Tensor) -> Tensor:
@@ -123,6 +77,7 @@ class FewShotModel(nn.Module, ABC):
             raise ValueError(f"{self.name}: backbone.channels must be three int, those of stages 2 ... 4")
         self.channels_of_stages = tuple(channels)
         self.backbone = backbone
+        _checks.boolean(self.name, "frozen_bn", frozen_bn)
         self.frozen_bn = frozen_bn
         self._freeze(trainable_backbone)
         self.train()
@@ -163,12 +118,6 @@ class FewShotModel(nn.Module, ABC):
             )
         batch = query.shape[0]
         return Features(*(f[:batch] for f in stages)), Features(*(f[batch:] for f in stages))
-
-    def with_masked_stage4(self, support: Features, mask: Tensor) -> Features:
-        """Stage 4 of support computed from masked stage 3, as PFENet does."""
-        backbone: Any = self.backbone
-        weights = resized(mask.flatten(0, 1).unsqueeze(1), support.stage3.shape[-2:])
-        return support._replace(stage4=backbone.stage4(support.stage3 * weights.to(support.stage3.dtype)))
 
     @abstractmethod
     def segment(self, query: Features, support: Features, labels: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fss_kernels import masked_avg_pool, prototype_cosine
+from fss_kernels import _checks, masked_avg_pool, prototype_cosine
 from fss_models.backbones import Features
-from fss_models.losses import resized, sample_losses, segmentation_loss
-from fss_models.model import FewShotModel, check_flags, check_number, check_option, weights_of
+from fss_models.interpolation import resized
+from fss_models.losses import sample_losses, segmentation_loss
+from fss_models.model import FewShotModel, weights_of
 
 
 class PANet(FewShotModel):
@@ -25,7 +26,7 @@ class PANet(FewShotModel):
 
     Args:
         backbone: a module, see `fss_models.backbones`.
-        scale: of the cosines, > 0.
+        scale: of the cosines, >= 0.
         stage: whose features are compared, 2, 3 or 4.
         pool_eps: added to the mask's area.
         align_weight: of the alignment loss: the predicted query segments the support; 0: none.
@@ -33,7 +34,7 @@ class PANet(FewShotModel):
         frozen_bn: BatchNorm of the backbone uses running statistics in training, too.
 
     Raises:
-        ValueError: an option outside its range; the message names it.
+        TypeError, ValueError: an option of another type or outside its range; the message names it.
     """
 
     def __init__(
@@ -47,13 +48,12 @@ class PANet(FewShotModel):
         trainable_backbone: bool | Sequence[int] = True,
         frozen_bn: bool = True,
     ) -> None:
-        check_number("PANet", "scale", scale, highest=1e6)
-        check_option("PANet", "stage", stage, (2, 3, 4))
-        check_number("PANet", "pool_eps", pool_eps)
-        check_number("PANet", "align_weight", align_weight)
-        check_flags("PANet", frozen_bn=frozen_bn)
         super().__init__(backbone, trainable_backbone, frozen_bn)
-        self.scale, self.stage, self.pool_eps, self.align_weight = float(scale), stage, pool_eps, align_weight
+        self.scale = _checks.non_negative("PANet", "scale", scale)
+        self.pool_eps = _checks.non_negative("PANet", "pool_eps", pool_eps)
+        self.align_weight = _checks.non_negative("PANet", "align_weight", align_weight)
+        _checks.integer("PANet", "stage", stage, 2, 4)
+        self.stage = stage
 
     def prototypes(self, features: Tensor, masks: Tensor) -> Tensor:
         """Means over the shots (B, M, C) of features (B*S, C, h, w) under masks (B, S, M, H, W) at image size."""

@@ -1,10 +1,9 @@
 """Checks what `make dist` built, then installs the wheel beside several PyTorch releases and verifies it there.
 
-    python tests/distribution.py [--python PYTHON] [release ...]        (make dist-check)
+    python tests/distribution.py [--python PYTHON] [--out FILE] [release ...]        (make dist-check)
 
 A release is a version of PyTorch or "newest". Each has a fresh environment outside the checkout: that PyTorch, the
-wheel and what it depends on, no compiler on the PATH. benchmarks/results/wheel/ keeps the log of one wheel: a run adds
-itself, and a new wheel starts a new log.
+wheel and what it depends on, no compiler on the PATH. --out writes what was verified, as JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LOGS = ROOT / "benchmarks" / "results" / "wheel"
 # What PyTorch promises to keep (the C shims), and what the platform does. PyTorch also exports pieces of libstdc++, in
 # every release other ones: those have no version.
 STABLE = re.compile(r"(aoti_)?torch_\w+$|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
@@ -35,13 +33,13 @@ COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc")
 STATE = """
 import importlib.metadata, json, platform
 import torch, fss_kernels
-from fss_kernels import _library
+from fss_kernels import _loading, _op
 versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
 print(json.dumps({
     "torch": torch.__version__, "python": platform.python_version(), "numpy": versions.get("numpy"),
-    "triton": versions.get("triton"), "isa": _library.cpu_isa(), "threads": torch.get_num_threads(),
-    "file": fss_kernels.__file__, "unavailable": _library.unavailable,
-    "defaults": {op.name: op.default_backend("cpu") for op in _library.ops.values()},
+    "triton": versions.get("triton"), "isa": _loading.cpu_isa(), "threads": torch.get_num_threads(),
+    "file": fss_kernels.__file__, "unavailable": _loading.unavailable,
+    "defaults": {op.name: op.default_backend("cpu") for op in _op.ops.values()},
 }))
 """
 
@@ -139,23 +137,12 @@ def verify(folder: Path, release: str) -> dict[str, Any]:
     }
 
 
-def record(wheel: Path, run: dict[str, Any], folder: Path) -> Path:
-    """Adds a run to the log of this wheel."""
-    sys.path.insert(0, str(ROOT))
-    from benchmarks.environment import environment, write_json
-
-    log = LOGS / f"{wheel.stem.rpartition('-')[2]}.json"
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+def about(wheel: Path, folder: Path) -> dict[str, Any]:
+    """What identifies a wheel, and what its library needs."""
     with zipfile.ZipFile(wheel) as archive:
         needs = required_versions(Path(archive.extract("fss_kernels/_fss_cpu.so", folder)))
-    about = {"file": wheel.name, "sha256": digest, "bytes": wheel.stat().st_size, "needs": needs}
-    before = json.loads(log.read_text()) if log.exists() else {}
-    if before.get("wheel") == about:
-        others = [r for r in before["runs"] if (r["torch"], r["python"]) != (run["torch"], run["python"])]
-    else:
-        before, others = {**environment(), "wheel": about}, []
-    write_json(log, {**before, "runs": [*others, run]})
-    return log
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return {"file": wheel.name, "sha256": digest, "bytes": wheel.stat().st_size, "needs": needs}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -163,6 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("releases", nargs="*", default=["2.10.0", "newest"], help="versions of PyTorch, or newest")
     parser.add_argument("--python", default=sys.executable, help="the Python of the environments")
+    parser.add_argument("--out", type=Path, help="where to write what was verified")
     chosen = parser.parse_args(arguments)
     wheels, sdists = sorted((ROOT / "dist").glob("*.whl")), sorted((ROOT / "dist").glob("*.tar.gz"))
     if len(wheels) != 1 or len(sdists) != 1:
@@ -172,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         if found := faults(wheels[0], sdists[0], Path(directory)):
             print("\n".join(found))
             return 1
+    runs = []
     for release in chosen.releases:
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
@@ -181,8 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
             if wrong := run.pop("wrong"):
                 print("\n".join(wrong))
                 return 1
-            log = record(wheels[0], run, folder)
-            print(f"PyTorch {run['torch']}, Python {run['python']}: every op within bounds -> {log}", flush=True)
+            print(f"PyTorch {run['torch']}, Python {run['python']}: every op within bounds", flush=True)
+            runs.append(run)
+            if chosen.out:
+                chosen.out.parent.mkdir(parents=True, exist_ok=True)
+                chosen.out.write_text(json.dumps({"wheel": about(wheels[0], folder), "runs": runs}))
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fss_kernels import _library, testing
+from fss_kernels import _backends, testing
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KERNELS = ("triton", "cuda")
@@ -43,7 +43,7 @@ def work() -> int:
     for spec, backend, sample, dtype, layout in cases():
         tensors = {k: testing.LAYOUTS[layout](t).detach() for k, t in spec.cast(sample, dtype, "cuda").items()}
         names = testing.differentiable_names(spec, tensors)
-        with _library.use_backend(backend):
+        with _backends.use_backend(backend):
             outputs, grads = testing.gradients(spec.function, tensors, sample.options, names)
         for result in (*outputs, *grads):
             result.cpu()

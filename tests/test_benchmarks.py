@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,13 +32,16 @@ from benchmarks import (
     measure,
     models,
     overhead,
+    pages,
     peers,
     reliability,
     report,
+    storage,
     sweeps,
     targets,
 )
-from fss_kernels import _library, testing
+from fss_kernels import _op, testing
+from fss_kernels.ops.dense_cosine.peers import maxsim_map
 
 sys.path.insert(0, str(Path(__file__).parent / "mutants"))
 import run as mutants
@@ -98,7 +105,7 @@ def test_peers_compute_the_op(row):
 def test_autotuned_peers_compute_the_op(op, monkeypatch):
     """Traced, not tuned: the backend that only traces takes no options."""
     monkeypatch.setattr(peers, "COMPILE", {**peers.COMPILE, "backend": "aot_eager", "mode": None})
-    chosen = [p for p in peers.registry[op] if p.name.startswith("max-autotune")]
+    chosen = [p for p in peers.of(op) if p.form == "max-autotune"]
     assert chosen
     last = {r.mode: r for p in chosen for r in measure.rows(measure.Plan((op,), tiny=True)) if p.applies(r.arguments)}
     for row in last.values():
@@ -132,10 +139,12 @@ def test_peers_of_a_gpu_compute_the_op(mode, monkeypatch):
         assert return_aux.max_scores and values.shape == (*s.shape[:3], 16)
         return q, SimpleNamespace(max_scores=scale * (q @ s.mT).amax(-1))
 
-    monkeypatch.setattr(flex, "flex_attention", attention)
     monkeypatch.setattr(peers, "compiled", lambda function: function)
-    peer = next(p for p in peers.registry["dense_cosine_max"] if p.name == "flex-attention")
-    functions = {"sums": peers.maxsim_map(sums)} | ({"attention": peer.build({}, {})} if mode == "forward" else {})
+    peer = next(p for p in peers.of("dense_cosine_max") if p.name == "flex-attention")
+    assert peer.part is flex.flex_attention
+    functions = {"sums": maxsim_map(sums)}
+    if mode == "forward":
+        functions["attention"] = peers.build(dataclasses.replace(peer, part=attention))
     spec = testing.specs()["dense_cosine_max"]
     rows = measure.rows(measure.Plan((spec.name,), tiny=True))
     for row in (r for r in rows if r.mode == mode and not r.arguments.get("dpcn")):
@@ -159,7 +168,7 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
         errors = {r["name"]: r["error"] for r in peers.resolve("dense_cosine_max")[1]}
         assert module in errors[name] and "gpu-peers" in errors[name]
-    flex = next(p for p in peers.registry["dense_cosine_max"] if p.name == "flex-attention")
+    flex = next(p for p in peers.of("dense_cosine_max") if p.name == "flex-attention")
     assert [flex.takes({}, mode) for mode in measure.MODES] == [True, False]
     assert not flex.takes({"dpcn": True}, "forward")
     plan = dataclasses.replace(PLAN, ops=("dense_cosine_max",), rounds=1)
@@ -167,11 +176,104 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
     assert modes == {"forward"}
 
 
-def test_every_op_has_peers_for_every_size():
-    for op in OPS:
-        for size in testing.specs()[op].sizes.values():
-            assert any(p.applies(size) for p in peers.registry[op]), (op, size)
-        assert len({p.name for p in peers.registry[op]}) == len(peers.registry[op])
+def folders() -> dict[str, set[str]]:
+    """The folders of ops that have a peers.py, each with its ops."""
+    found: dict[str, set[str]] = {}
+    for name, spec in testing.specs().items():
+        found.setdefault(spec.op.folder, set()).add(name)
+    return {f: ops for f, ops in found.items() if (environment.ROOT / "fss_kernels/ops" / f / "peers.py").exists()}
+
+
+def test_every_size_has_peers():
+    """Of every op whose folder lists peers, under names of their own; none is listed for another op."""
+    assert len(folders()) >= 5
+    for folder, ops in folders().items():
+        assert set(importlib.import_module(f"fss_kernels.ops.{folder}.peers").PEERS) == ops
+        for op in ops:
+            for size in testing.specs()[op].sizes.values():
+                assert any(p.applies(size) for p in peers.of(op)), (op, size)
+            assert len({p.name for p in peers.of(op)}) == len(peers.of(op))
+
+
+def test_peers_are_frozen():
+    """They import the class that they are made of, and nothing else of ours."""
+    for folder in folders():
+        tree = ast.parse((environment.ROOT / "fss_kernels/ops" / folder / "peers.py").read_text())
+        found = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                found += [f"{'.' * node.level}{node.module}.{name.name}" for name in node.names]
+            elif isinstance(node, ast.Import):
+                found += [name.name for name in node.names]
+        assert [n for n in found if n.startswith((".", "fss", "benchmarks"))] == ["fss_kernels.testing.Peer"], folder
+
+
+def test_only_benchmarks_import_peers():
+    code = "import sys, fss_kernels.__main__\nfrom fss_kernels import testing\ntesting.specs()\n"
+    code += "print([m for m in sys.modules if m.endswith('.peers') or m.partition('.')[0] == 'benchmarks'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_peer_has_a_known_form():
+    """In each of them it is called as the op; a part of it that is compiled comes first."""
+    plain = peers.Peer("double", lambda x: 2 * x, "halves")
+    forms = (plain, plain.compiled(), plain.autotuned(cannot="thirds", released=True))
+    assert [(p.name, p.released) for p in forms] == [
+        ("double", False), ("compile(double)", False), ("max-autotune(double)", True),
+    ]  # fmt: skip
+    assert forms[1].cannot == "halves; needs seconds of compilation per shape"
+    assert forms[2].cannot == "thirds; needs up to a minute of compilation per shape"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "COMPILE", {"backend": "eager"})
+        for peer in forms:
+            assert peers.build(peer)(torch.ones(2)).tolist() == [2, 2]
+        part = dataclasses.replace(plain, function=lambda add, x: add(x, 3), part=torch.add)
+        assert peers.build(part)(torch.ones(2)).tolist() == [4, 4]
+    with pytest.raises(ValueError, match="peer double: form must be one of eager, compile, max-autotune, got 'fast'"):
+        peers.build(dataclasses.replace(plain, form="fast"))
+
+
+def test_an_op_may_have_neither_peers_nor_axes(monkeypatch, tmp_path, capsys):
+    """It is measured all the same, and every table shows it; a sweep leaves it out."""
+    op, spec = "masked_avg_pool", testing.specs()["masked_avg_pool"]
+    bare = dataclasses.replace(spec, base={}, axes={}, units={}, computes="", replaces="")
+    monkeypatch.setattr(testing, "specs", lambda: {op: bare})
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert peers.of(op) == () and peers.resolve(op) == ([], []) and peers.of("no_op") == ()
+    fake = SimpleNamespace(measure=dict, pattern=0, timers=dict)
+    monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: fake)
+    plan = measure.Plan((op,), quick=True, tiny=True, threads=torch.get_num_threads())
+    session = measure.Session(plan)
+    assert session.visits and {v.provider for v in session.visits if ":" not in v.provider} == {measure.OURS}
+    assert measure.rows(dataclasses.replace(plan, quick=False, sweep=True)) == []
+    row = measure.rows(plan)[0]
+    prepared = measure.Prepared(row, [])
+    entries, wrong, _ = measure.summarise(prepared, fake_samples(prepared))
+    found = {**environment.environment(), "plan": dataclasses.asdict(plan), "peers": [], "rows": entries}
+    found |= {"ceilings": {"before": {}, "after": {}}, "failures": wrong, "notes": []}
+    dash = "\N{EN DASH}"
+    assert f"| {dash} | {dash} | {dash} | {dash} |" in page([found]) and not wrong
+    assert report.render(found).count('href="#row') == 1
+    assert report.op_table().count("\n") == 2 and "|  |  |" in report.op_table()
+    costs = overhead.run((op,), tmp_path / "overhead.csv", rounds=1, count=1)
+    assert overhead.cells(costs)[0][-2:] == ["not measured"] * 2
+    assert overhead.markdown(costs).endswith("| not measured | not measured |")
+    assert command.main(["run", "--ops", op, "--sweep", "--out", str(tmp_path / "sweep.csv")]) == 0
+    assert f"{op} has no axes to sweep" in capsys.readouterr().out and not (tmp_path / "sweep.csv").exists()
+
+
+def test_the_table_of_ops():
+    """A row a folder, with every public function and the states of its backends."""
+    lines = report.op_table().splitlines()
+    assert len(lines) == 2 + len({spec.op.folder for name, spec in testing.specs().items()})
+    pyramid, match, pool = (next(line for line in lines if f"`{name}`" in line) for name in
+                            ("hypercorrelation_pyramid", "dense_cosine_match", "masked_avg_pool"))  # fmt: skip
+    names = "[`hypercorrelation`, `hypercorrelation_pyramid`](fss_kernels/ops/hypercorrelation/README.md)"
+    assert pyramid.startswith(f"| {names} | cosine of every query with every support pixel")
+    assert match.startswith("| [`dense_cosine_max`, `dense_cosine_match`](") and match.endswith("| none |")
+    assert pool.endswith("| ✓ | ✓ default on CPU | compiled, run in the interpreter | compiled, never run |")
+    assert all(spec.computes and spec.replaces for spec in testing.specs().values())
 
 
 @pytest.mark.parametrize("row", ROWS[:2], ids=lambda row: row.id)
@@ -183,11 +285,11 @@ def test_a_wrong_kernel_gets_no_speed(row, tmp_path, capsys):
     assert len(messages) == 1 and measure.OURS in messages[0] and "times the allowed" in messages[0]
     assert [e["seconds"] for e in entries] == [None] * len(entries)
     assert not entries[0]["correct"]
-    out = tmp_path / "results.json"
+    out = tmp_path / "results.csv"
     assert command._finish({"rows": entries, "peers": [], "failures": messages}, out) == 1
     printed = capsys.readouterr().out
     assert "FAILED" in printed and " ms " not in printed
-    assert not out.exists() and (tmp_path / "results.json.failed").exists()
+    assert not out.exists() and storage.read(tmp_path / "results.failed.csv")["ops"]["failures"] == messages
 
 
 def test_a_wrong_or_crashing_peer_gets_no_speed():
@@ -197,10 +299,8 @@ def test_a_wrong_or_crashing_peer_gets_no_speed():
     def crash(*args, **options):
         raise RuntimeError("out of order")
 
-    shifted = dataclasses.replace(
-        good, name="wrong", build=lambda t, o: lambda *a, **k: good.build(t, o)(*a, **k) + 0.1
-    )
-    crashing = dataclasses.replace(good, name="crashing", build=lambda t, o: crash)
+    shifted = dataclasses.replace(good, name="wrong", function=lambda *a, **k: good.function(*a, **k) + 0.1)
+    crashing = dataclasses.replace(good, name="crashing", function=crash)
     prepared = measure.Prepared(row, [good, shifted, crashing])
     entries, messages, _ = measure.summarise(prepared, fake_samples(prepared))
     assert set(prepared.calls) == {measure.OURS, good.name}
@@ -278,8 +378,8 @@ def test_compare_judges_by_the_share_of_the_roof(results, tmp_path, capsys):
                 e["roof_fraction"] *= roof
     files = {}
     for name, content in (("before", before), ("same", same), ("slower", slower)):
-        files[name] = tmp_path / f"{name}.json"
-        environment.write_json(files[name], content)
+        files[name] = tmp_path / f"{name}.csv"
+        storage.write(files[name], "ops", content)
     assert command.main(["compare", str(files["before"]), str(files["same"])]) == 0
     assert "SLOWER" not in capsys.readouterr().out
     assert command.main(["compare", str(files["before"]), str(files["slower"])]) == 1
@@ -287,13 +387,13 @@ def test_compare_judges_by_the_share_of_the_roof(results, tmp_path, capsys):
     assert {c.slowdown for c in compare.changes(before, slower)} == {2.0}
     assert command.main(["compare", str(files["before"]), "no-such-revision"]) == 2
     assert "compare: no-such-revision is neither a result file nor a revision" in capsys.readouterr().out
-    environment.write_json(files["same"], {**same, "rows": []})
+    storage.write(files["same"], "ops", {**same, "rows": []})
     assert command.main(["compare", str(files["before"]), str(files["same"])]) == 1
 
 
 def test_plot_writes_every_row(results, tmp_path):
-    file, out = tmp_path / "results.json", tmp_path / "plots"
-    environment.write_json(file, results)
+    file, out = tmp_path / "results.csv", tmp_path / "plots"
+    storage.write(file, "ops", results)
     assert command.main(["plot", str(file), "--out", str(out)]) == 0
     written = sorted((out / file.stem).glob("*.svg"))
     assert len(written) == len(ROWS)  # of one size each
@@ -302,16 +402,18 @@ def test_plot_writes_every_row(results, tmp_path):
 
 def test_plot_draws_the_committed_sweeps(results, tmp_path, monkeypatch):
     """Without files it draws the newest results and the sweeps; an axis has its unit."""
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "results")
     rows = [{**entry("masked_avg_pool", 1.0), "size": f"grid={n}"} for n in (30, 60)]
-    environment.write_json(tmp_path / "results" / "sweeps" / "machine.json", result_file(rows) | {"plan": {"sweep": 1}})
+    storage.write(tmp_path / "results" / "sweeps" / "machine.csv", "a", result_file(rows) | {"plan": {"sweep": 1}})
     assert command.main(["plot", "--out", str(tmp_path)]) == 0
     assert [p.name for p in tmp_path.glob("machine/*.svg")] == ["masked_avg_pool-against-grid.svg"]
-    assert ">grid side, pixels<" in (tmp_path / "machine" / "masked_avg_pool-against-grid.svg").read_text()
-    environment.write_json(tmp_path / "results" / "machine.json", results)
+    assert ">grid, pixels a side<" in (tmp_path / "machine" / "masked_avg_pool-against-grid.svg").read_text()
+    storage.write(tmp_path / "results" / "ops" / "machine.csv", "a", results)
     assert command.main(["plot", "--out", str(tmp_path / "both")]) == 0
     assert len([*(tmp_path / "both" / "machine").glob("*.svg")]) > len(ROWS)
-    assert set(report.AXES) == {axis for spec in testing.specs().values() for axis in spec.axes}
+    assert all(
+        set(spec.units) <= {a for s in testing.specs().values() for a in s.axes} for spec in testing.specs().values()
+    )
 
 
 def test_a_run_has_the_peers_of_its_kind(monkeypatch):
@@ -328,24 +430,23 @@ def test_a_run_has_the_peers_of_its_kind(monkeypatch):
     assert names("dense_cosine_max", sweep=True) == eager | {"compile(argmax-gather)"}
     compiled = {n for n in names("dynamic_conv2d") if n.startswith("compile")}
     assert compiled == {"compile(shifted)"} and {"grouped", "per-sample", "merged-taps"} <= names("dynamic_conv2d")
-    assert {"compile(grouped)"} <= {p.name for p in peers.registry["dynamic_conv2d"]}
+    assert {"compile(grouped)"} <= {p.name for p in peers.of("dynamic_conv2d")}
 
 
 def test_records_tell_released_code():
-    """Of every op but the one that nobody published; every name is a peer's, eager, and no compiled form counts."""
-    for op in OPS:
-        found = {r["name"] for r in peers.resolve(op)[1] if r["released"]}
-        assert found == set(peers.RELEASED.get(op, ())) and bool(found) == (op != "dense_cosine_match")
-        assert not measure.selected(found, COMPILED) and set(peers.NOT_ON_CPU.get(op, ())) <= {
-            p.name for p in peers.registry[op]
-        }
+    """As it was released: no compiled form counts, nor what one library or another would do in its place."""
+    records = {op: {r["name"]: r["released"] for r in peers.resolve(op)[1]} for op in OPS}
+    for op, found in records.items():
+        assert found == {p.name: p.released for p in peers.of(op)}
+        assert not measure.selected([name for name, released in found.items() if released], COMPILED)
+    pooling = {name for name, released in records["masked_avg_pool"].items() if released}
+    assert pooling == {"eager", "pfenet", "panet"} and not any(records["dense_cosine_match"].values())
 
 
 def test_sweeps_vary_one_number(tmp_path):
-    """Every axis of every op has sizes that differ from the base in it (and its image); the plots show them all."""
-    for op in OPS:
-        spec = testing.specs()[op]
-        assert spec.axes and set(sweeps.PEERS[op]) <= {p.name for p in peers.registry[op]}
+    """Every axis of an op has sizes that differ from the base in it (and its image); the plots show them all."""
+    for spec in testing.specs().values():
+        assert set(spec.axes) <= set(spec.base) | set(inspect.signature(spec.benchmark_sample).parameters)
         for label, arguments in sweeps.sizes(spec).items():
             axis, _, value = label.partition("=")
             other = {k: v for k, v in arguments.items() if k not in (axis, "modes", "image")}
@@ -358,18 +459,18 @@ def test_sweeps_vary_one_number(tmp_path):
         entries += measure.summarise(prepared, fake_samples(prepared))[0]
     assert [r.size for r in measure.rows(plan)] == [*(f"batch={n}" for n in (1, 2, 4, 8, 20)), "foreground=0.1"]
     found = {"rows": entries, "peers": [], "plan": dataclasses.asdict(plan)}
-    environment.write_json(tmp_path / "sweep.json", found)
-    assert command.main(["plot", str(tmp_path / "sweep.json"), "--out", str(tmp_path)]) == 0
+    storage.write(tmp_path / "sweep.csv", "a", found)
+    assert command.main(["plot", str(tmp_path / "sweep.csv"), "--out", str(tmp_path)]) == 0
     names = {"masked_avg_pool-against-batch", "masked_avg_pool-against-foreground"}
     assert {p.stem for p in tmp_path.glob("sweep/*.svg")} == names
     assert "fss_kernels" in (tmp_path / "sweep" / "masked_avg_pool-against-batch.svg").read_text()
     ratios = dict(zip((r.size for r in measure.rows(plan)), (0.5, 2, 3, 4, 5, 1.25), strict=True))
     ours = [r for r in entries if r["provider"] == measure.OURS]
     peer = [{**r, "provider": "peer", "ratio_to_ours": ratios[r["size"]]} for r in ours]
-    table = report.sweep_table([{**environment.environment(), **found, "rows": [*entries, *peer]}])
+    table = page(sweeps=[{**environment.environment(), **found, "rows": [*entries, *peer]}])
     assert "| masked_avg_pool | batch, samples | 1, 2, 4, 8, 20 | **0.50**, 2.00, 3.00, 4.00, 5.00 |" in table
     assert "| masked_avg_pool | foreground, fraction | 0.1 | 1.25 |" in table and table.count("| peer |") == 2
-    assert ", 6 samples a row:" in table
+    assert "Each row has 6 samples of our time." in table
     html = report.render({**environment.environment(), **found, "failures": [], "notes": [],
                           "ceilings": {"before": {}, "after": {}}}, sweeps=[found])  # fmt: skip
     assert "masked_avg_pool against foreground" in html
@@ -469,27 +570,29 @@ def test_the_gate_tells_twice_from_once(monkeypatch, neighbour):
 
 
 def test_overhead_measures_every_column(tmp_path):
-    results = overhead.run(("masked_avg_pool",), tmp_path / "overhead.json", rounds=1, count=1)
-    assert json.loads((tmp_path / "overhead.json").read_text()) == results
+    results = overhead.run(("masked_avg_pool",), tmp_path / "overhead.csv", rounds=1, count=1)
+    assert storage.read(tmp_path / "overhead.csv") == {"overhead": results}
     (line,) = overhead.cells(results)
     assert line[0] == "masked_avg_pool" and len(line) == len(overhead.header())
     assert all(float(cell) > 0 for cell in line[1:])
 
 
-def test_overhead_is_bold_where_pytorch_is_faster(tmp_path, monkeypatch):
+def test_overhead_is_bold_where_pytorch_is_faster():
     """Compared with our forward, and with the backward; within 3 % neither is."""
-    monkeypatch.setattr(overhead, "FOLDER", tmp_path)
     times = dict(zip(overhead.COLUMNS, (100, 150, 200, 120, 98, 190), strict=True))
     row = {"op": "an_op", "microseconds": {name: {"median": t} for name, t in times.items()}}
-    environment.write_json(tmp_path / "a.json", {**environment.environment(), "rows": [row]})
-    assert overhead.markdown().endswith("| an_op | 100 | 150 | 200 | 120 | 98 | **190** |")
+    text = page(overhead=[{**environment.environment(), "rounds": 20, "calls": 100, "rows": [row]}])
+    assert text.endswith("| an_op | 100 | 150 | 200 | 120 | 98 | **190** |\n")
+    assert "the median of 20 rounds of 100 calls" in text
 
 
 def test_cuda_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["run", "--device", "cuda"]) == 2
     assert "run: device cuda: PyTorch sees no GPU" in capsys.readouterr().out
-    assert command.main(["run", "--device", "tpu"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["run", "--device", "tpu"])
+    assert "device" in capsys.readouterr().err
 
 
 def test_ratios_pair_values_of_the_same_round():
@@ -575,19 +678,14 @@ def test_three_calls_come_before_the_first_round():
     row = next(r for r in ROWS if r.mode == "forward+backward")
     good, count = eager_peers(row)[0], [0]
 
-    def build(tensors, options):
-        function = good.build(tensors, options)
+    def call(*args, **kwargs):
+        count[0] += 1
+        return good.function(*args, **kwargs)
 
-        def call(*args, **kwargs):
-            count[0] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    assert measure.Prepared(row, [dataclasses.replace(good, build=build)]).extra[good.name] > 0 and count == [3]
+    assert measure.Prepared(row, [dataclasses.replace(good, function=call)]).extra[good.name] > 0 and count == [3]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = dataclasses.replace(good, build=lambda t, o: torch.compile(good.build(t, o), backend="aot_eager"))
+    compiled = dataclasses.replace(good, function=torch.compile(good.function, backend="aot_eager"))
     prepared = measure.Prepared(row, [compiled])
     assert good.name in prepared.calls
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -657,15 +755,15 @@ def test_only_what_the_change_concerns_is_measured_again(tmp_path, monkeypatch, 
     git("init", "-q")
     git("add", "-A")
     git("commit", "-qm", "first")
-    file, plan = tmp_path / "results.json", {"ops": ("cosine",), "rounds": 7}
+    file, plan = tmp_path / "results.csv", {"ops": ("cosine",), "rounds": 7}
     env = {"clean": True, "commit": git("rev-parse", "HEAD"), "torch": torch.__version__}
 
     def ran(op="cosine", **change) -> bool:
-        content = {"environment": env, "plan": plan} | change
-        environment.write_json(file, content)
-        return environment.measured(file, plan, *environment.sources(op))
+        storage.write(file, "ops", {"environment": env, "plan": plan, "rows": []} | change)
+        return environment.measured(storage.run(file, "ops"), plan, *environment.sources(op))
 
-    assert not environment.measured(file, plan) and ran() and "measured already" in capsys.readouterr().out
+    assert not environment.measured(storage.run(file, "ops"), plan)
+    assert ran() and "measured already" in capsys.readouterr().out
     assert not ran(plan={**plan, "rounds": 8})
     assert not ran(environment={**env, "clean": False}) and not ran(environment={**env, "torch": "1.0"})
     assert not ran(environment={**env, "commit": "0" * 40})
@@ -714,8 +812,8 @@ def line(metric: str, bound: float, results: dict, key: str = "at_least") -> dic
     ],
 )
 def test_check_judges_a_line(results, tmp_path, capsys, metric, key, bound, state):
-    file, lines = tmp_path / "results.json", tmp_path / "targets.toml"
-    environment.write_json(file, results)
+    file, lines = tmp_path / "results.csv", tmp_path / "targets.toml"
+    storage.write(file, "ops", results)
     fields = {**line(metric, bound, results, key), "short": "tried two things"}
     lines.write_text("[[line]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in fields.items()))
     assert targets.evaluate(fields, results).state == state
@@ -752,38 +850,35 @@ def test_every_line_has_a_row_and_a_bound():
             op, _, size = name.partition("/")
             assert size in testing.specs()[op].sizes
         else:
-            names = {"fastest", *(p.name for p in peers.registry[wanted["op"]])}
+            names = {"fastest", *(p.name for p in peers.of(wanted["op"]))}
             assert wanted["metric"] in ("roof", "extra_bytes") or name in names
 
 
 def test_only_a_crash_of_the_compiler_is_no_failure(results, tmp_path, capsys):
     crash = "row peer: raised InductorError: AssertionError"
     wrong = "row fss_kernels: raised InductorError: AssertionError"
-    path = tmp_path / "results.json"
+    path = tmp_path / "results.csv"
     assert command._finish(results | {"failures": [crash]}, path) == 0
-    written = json.loads(path.read_text())
+    written = storage.run(path, "ops")
     assert written["failures"] == [] and written["notes"] == [crash] and crash in capsys.readouterr().out
     assert command.main(["check", str(path), "--allow-short"]) in (0, 1) and crash in capsys.readouterr().out
     assert command._finish(results | {"failures": [crash, wrong]}, path) == 1
-    failed = json.loads(path.with_name("results.json.failed").read_text())
-    assert failed["failures"] == [wrong] and json.loads(path.read_text()) == written
+    failed = storage.run(path.with_suffix(".failed.csv"), "ops")
+    assert failed["failures"] == [wrong] and storage.run(path, "ops") == written
 
 
 @pytest.mark.parametrize("optional", [False, True])
 def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, capsys, optional):
-    def version() -> str:
-        raise ImportError("No module named 'absent'")
-
-    op = OPS[0]
-    absent = dataclasses.replace(peers.registry[op][0], name="absent", version=version, optional=optional)
-    monkeypatch.setitem(peers.registry, op, [*peers.registry[op], absent])
+    every = peers.of
+    absent = dataclasses.replace(every(OPS[0])[0], name="absent", module="absent", optional=optional)
+    monkeypatch.setattr(peers, "of", lambda op: (*every(op), absent) if op == OPS[0] else every(op))
     fake = SimpleNamespace(measure=dict, pattern=0, timers=dict)
     monkeypatch.setattr(measure.ceilings, "Ceilings", lambda *args: fake)
     session = measure.Session(dataclasses.replace(PLAN, rounds=1, threads=torch.get_num_threads()))
     assert "absent" not in {v.provider for v in session.visits}
     found = {**results, **{k: v for k, v in session.results().items() if k in ("peers", "failures")}}
     assert bool(found["failures"]) != optional
-    assert command._finish(found, tmp_path / "results.json") == (0 if optional else 1)
+    assert command._finish(found, tmp_path / "results.csv") == (0 if optional else 1)
     printed = capsys.readouterr().out
     assert "No module named 'absent'" in printed and ("optional peer absent" in printed) == optional
     outcomes = [targets.evaluate(line("roof", 0.1, results), found)]
@@ -791,11 +886,11 @@ def test_a_missing_peer_fails_unless_optional(results, monkeypatch, tmp_path, ca
 
 
 def test_report_shows_every_provider(results, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "no-sweeps")
-    file, page = tmp_path / "results.json", tmp_path / "page" / "index.html"
-    environment.write_json(file, results)
-    assert command.main(["report", str(file), "--out", str(page)]) == 0
-    html = page.read_text()
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "no-sweeps")
+    file, written = tmp_path / "results.csv", tmp_path / "page" / "index.html"
+    storage.write(file, "ops", results)
+    assert command.main(["report", str(file), "--out", str(written)]) == 0
+    html = written.read_text()
     assert html.count("<svg") == len(ROWS) and "Time against size" not in html  # one size each
     for entry in results["rows"]:
         assert entry["provider"].removeprefix("ceiling:") in html and entry["size"] in html
@@ -853,17 +948,17 @@ print(models.peak(None, "dpcn:train:ours"))
     assert 50e6 < int(done.stdout) < large.nbytes
 
 
-def test_readme_shows_networks(tmp_path, monkeypatch):
-    """The program measures small networks; their rows have a table of their own in the README."""
-    out = tmp_path / "models.json"
+def test_a_page_shows_networks(tmp_path, monkeypatch):
+    """The program measures small networks; their rows have a table of their own."""
+    out = tmp_path / "networks.csv"
     monkeypatch.setattr(models, "peak_of_a_process", lambda *_: 10**6)
     assert models.run(dataclasses.replace(models.QUICK, rounds=2, network_rounds=1), out) == 0
-    found = json.loads(out.read_text())
-    text = report.readme_section([found])
+    found = storage.run(out, "networks")
+    text = page(networks=[found])
     for name, mode in ((n, m) for n in models.NETWORKS for m in models.MODES):
         assert f"| {name} | tiny-65 | {mode} | our kernels | 1 |" in text
         assert f"| {name} | tiny-65 | {mode} | reference | 1 |" in text
-    assert "| support_activation | tiny-65 | forward+backward | literal | 2 |" in text and "| op |" not in text
+    assert "| support_activation | tiny-65 | forward+backward | literal | 2 |" in text
     used = {
         "dpcn": {"dense_cosine_max", "dynamic_conv2d", "masked_avg_pool"},
         "support_activation": {"dense_cosine_max"},
@@ -875,30 +970,28 @@ def test_readme_shows_networks(tmp_path, monkeypatch):
         assert e["throughput"] * e["seconds"]["median"] == pytest.approx(1)
 
 
-def test_readme_says_where_the_time_of_a_network_goes(tmp_path):
+def test_a_page_says_where_the_time_of_a_network_goes():
     """The largest share first, and no op below half a percent; files from before these fields show what they have."""
     e = {"op": "dpcn", "size": "a", "dtype": "float32", "mode": "train", "provider": measure.OURS, "correct": True}
     e |= {"seconds": {"median": 0.5, "all": [0.5, 0.4, 0.75]}, "ratio_to_ours": 1.0, "roof_fraction": None}
     e |= {"share_in_ops": 0.084, "extra_bytes": 2e6, "peak_resident_bytes": 3e6}
     file = {**environment.environment(), "plan": {"ops": ["dpcn"]}, "peers": [], "rows": [e]}
-    assert "| 3 | 0.500 | 0.400 to 0.750 | 1 |  | 8 % | 2 | 3 |" in report.readme_section([file])
+    assert "| 3 | 0.500 | 0.400 to 0.750 | 1 |  | 8 % | 2 | 3 |" in page(networks=[file])
     e |= {"throughput": 4.0, "shares": {"a_small": 0.004, "b_less": 0.03, "c_more": 0.05}}
-    assert "| 4 | 8 % (c_more 5, b_less 3) | 2 | 3 |" in report.readme_section([file])
+    assert "| 4 | 8 % (c_more 5, b_less 3) | 2 | 3 |" in page(networks=[file])
 
 
 def test_time_in_ops_is_kept_apart(monkeypatch):
     """Forward and backward of an op count for it and for no other; afterwards everything is as it was."""
     slow = {"masked_avg_pool": ("forward", 0.02), "prototype_cosine": ("backward", 0.3)}
     for name, (direction, seconds) in slow.items():
-        implementation = _library.ops[name].backends["reference"]
+        implementation = _op.ops[name].backends["reference"]
         kept = getattr(implementation, direction)
         late = lambda *args, run=kept, seconds=seconds: (time.sleep(seconds), run(*args))[1]  # noqa: E731
         monkeypatch.setattr(implementation, direction, late)
 
     def functions():
-        return {
-            n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _library.ops.items()
-        }
+        return {n: (op.backends["reference"].forward, op.backends["reference"].backward) for n, op in _op.ops.items()}
 
     before = functions()
     x, p = torch.ones(1, 2, 4, 4, requires_grad=True), torch.ones(1, 1, 2)
@@ -926,9 +1019,9 @@ def test_a_network_with_wrong_numbers_gets_no_speed(tmp_path, monkeypatch, capsy
     one = task(calls)
     monkeypatch.setattr(models, "tasks", lambda plan: [one])
     monkeypatch.setattr(models, "peak_of_a_process", lambda *_: 10**6)
-    out = tmp_path / "models.json"
+    out = tmp_path / "networks.csv"
     assert models.run(models.QUICK, out) == 1 and not out.exists()
-    found = json.loads((tmp_path / "models.json.failed").read_text())
+    found = storage.run(tmp_path / "networks.failed.csv", "networks")
     refused = {"crashing", "wrong", "nan"}
     for e in found["rows"]:
         bad = e["provider"] in refused
@@ -950,7 +1043,7 @@ def test_a_training_step_is_checked_by_its_gradients(name, monkeypatch):
     assert len(results) == 3  # loss, gradients of the backbone and of the head
     assert all(torch.equal(a, b) for a, b in zip(results, step.checks["reference"](), strict=True))
     assert {n: v.message for n, v in models.verdicts(step).items()} == {measure.OURS: "", "reference": ""}
-    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    implementation = _op.ops["masked_avg_pool"].backends["cpp"]
     backward = implementation.backward
     monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
     found = models.verdicts(step)
@@ -980,34 +1073,73 @@ def test_a_hopeless_provider_sits_out_after_two_rounds(monkeypatch):
 
 
 def test_readme_round_trip(results, tmp_path, monkeypatch, capsys):
-    """The README and every op's: stale tables are found and replaced, and nothing beside them."""
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    folders = {spec.op.folder or name for name, spec in testing.specs().items()}
-    files = [tmp_path / "README.md", *(tmp_path / "fss_kernels" / "ops" / f / "README.md" for f in sorted(folders))]
-    blocks = [f"<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\n" for name in ("benchmarks", "reliability")]
-    for file in files:
-        environment.write_text(file, "before\n" + "between\n".join(blocks) + "after\n")
+    """Stale pages and blocks are found and replaced, and nothing beside them; a page without a machine goes."""
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "results")
+    blocks = {"docs/benchmarks/index.md": "machines", "docs/reliability.md": "reliability", "README.md": "ops"}
+    for file, name in blocks.items():
+        text = f"before\n<!-- {name}:begin -->\nstale text\n<!-- {name}:end -->\nafter\n"
+        environment.write_text(tmp_path / file, text)
+    index, reliable, first = (tmp_path / file for file in blocks)
+    folder = index.parent
+    environment.write_text(folder / "gone.md", f"# A machine without results\n\n{pages.GENERATED}\n")
+    environment.write_text(folder / "by-hand.md", "# Not generated\n")
     arguments = ["readme", "--root", str(tmp_path)]
+    for more in ([], ["--check"]):
+        assert command.main([*arguments, *more]) == 0
+        assert "there are no results in" in capsys.readouterr().out and "stale text" in index.read_text()
+    storage.write(tmp_path / "results" / "ops" / "machine.csv", "a", results)
+    assert command.main([*arguments, "--check"]) == 1 and "stale text" in index.read_text()
+    assert "machine.md differs" in capsys.readouterr().out and not (folder / "machine.md").exists()
     assert command.main(arguments) == 0
-    assert "skipped, no results" in capsys.readouterr().out
-    environment.write_json(tmp_path / "results" / "machine.json", results)
-    assert command.main([*arguments, "--check"]) == 1 and "stale text" in files[0].read_text()
-    assert command.main(arguments) == 0
-    text = files[0].read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
-    assert all(row.size in text for row in ROWS) and "| fastest peer |" in text and "between\n<!-- reliab" in text
-    assert "| `make fuzz` |" in text.partition("between")[2]
-    for file in files[1:]:
-        own = {r.op for r in ROWS if (testing.specs()[r.op].op.folder or r.op) == file.parent.name}
-        assert {r.op for r in ROWS if f"| {r.op} |" in file.read_text()} == own
-        assert ("Not measured yet." in file.read_text()) == (not own)
+    assert sorted(p.name for p in folder.iterdir()) == ["by-hand.md", "index.md", "machine.md", "overview.svg"]
+    for file in (index, reliable, first):
+        text = file.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale text" not in text
+    count = len({row.op for row in ROWS})
+    assert "](machine.md) |" in index.read_text() and f"| {count} of {len(OPS)} |" in index.read_text()
+    assert "| `make fuzz` |" in reliable.read_text() and report.op_table() in first.read_text()
+    text = (folder / "machine.md").read_text()
+    sections = {part.partition("\n")[0]: part for part in text.split("\n### ")[1:]}
+    for op in OPS:
+        own = [row for row in ROWS if row.op == op]
+        assert all(f"| {row.size} | {row.dtype} | {row.mode} |" in sections[op] for row in own)
+        assert ("This op is not measured on this machine." in sections[op]) == (not own)
     assert command.main([*arguments, "--check"]) == 0
-    environment.write_text(files[1], files[1].read_text().replace("between", "another").replace("easured", "easuring"))
-    capsys.readouterr()
-    assert command.main([*arguments, "--check"]) == 1 and str(files[1]) in capsys.readouterr().out
-    files[0].write_text("no markers")
+    picture = folder / "overview.svg"
+    for file, before, after in (
+        (folder / "machine.md", "easured", "easuring"),
+        (index, "machine.md", "other.md"),
+        (picture, "fastest", "slowest"),
+    ):
+        environment.write_text(file, file.read_text().replace(before, after))
+        capsys.readouterr()
+        assert command.main([*arguments, "--check"]) == 1 and str(file) in capsys.readouterr().out
+        assert command.main(arguments) == 0
+    reliable.write_text("no markers")
     assert command.main([*arguments, "--check"]) == 1
-    assert "no <!-- benchmarks:begin -->" in capsys.readouterr().out and files[0].read_text() == "no markers"
+    assert f"{reliable}: no <!-- reliability:begin -->" in capsys.readouterr().out
+
+
+def test_lint_needs_no_results(tmp_path):
+    """A copy without the folder of results: every module is imported and the documents count as right."""
+    tree = tmp_path / "tree"
+    for folder in ("benchmarks", "docs"):
+        ignored = shutil.ignore_patterns("results", "__pycache__")
+        shutil.copytree(environment.ROOT / folder, tree / folder, ignore=ignored)
+    (tree / "fss_kernels").symlink_to(environment.ROOT / "fss_kernels")
+    (tree / "fss_models").symlink_to(environment.ROOT / "fss_models")
+    env = {**os.environ, "PYTHONPATH": str(tree)}
+    modules = ", ".join(f"benchmarks.{p.stem}" for p in sorted((tree / "benchmarks").glob("[a-z]*.py")))
+    for options in (["-c", f"import fss_kernels, {modules}"], ["-m", "benchmarks", "readme", "--check"]):
+        done = subprocess.run([sys.executable, *options], cwd=tree, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert f"there are no results in {tree / 'benchmarks' / 'results'}" in done.stdout
+
+
+def page(ops: tuple = (), networks: tuple = (), sweeps: tuple = (), overhead: tuple = (), lines: tuple = ()) -> str:
+    """The page of a machine with these results; every op that has rows is shown."""
+    runs = {"ops": ops, "networks": networks, "sweeps": sweeps, "overhead": overhead}
+    return pages.machine_page({kind: [*results] for kind, results in runs.items()}, [], [*lines])
 
 
 def entry(op: str, ratio: float, provider: str = measure.OURS, **fields) -> dict:
@@ -1038,7 +1170,7 @@ def test_a_ratio_says_who_wins(value, text, winner):
     assert (report.ratio(value), report.verdict(value)) == (text, winner)
 
 
-def test_readme_lists_where_we_do_not_win():
+def test_a_page_lists_where_we_do_not_win():
     """Rows in which a peer is faster, or as fast, and the promises that are not kept, of the ops measured."""
     ratios = {"a": 0.9, "b": 1.01, "c": 2.0}
     rows = [
@@ -1052,75 +1184,72 @@ def test_readme_lists_where_we_do_not_win():
         {**key, "size": "d", "metric": "extra_bytes", "at_most": 1.05, "issue": "no row"},
         {**key, "op": "another_op", "size": "a", "metric": "roof", "at_least": 0.6, "issue": "not measured"},
     ]
-    text = report.readme_section([result_file(rows)], lines=lines)
+    text = page([result_file(rows)], lines=lines)
     assert "\nA peer is faster in 1 of 3 rows: an_op a forward (p 0.90).\n" in text
     assert "\nA peer is as fast in 1 of 3 rows: an_op b forward (p 1.01).\n" in text
     assert "| p | **0.90** |" in text and "| p | 1.01 (tie) |" in text and "| p | 2.00 |" in text
-    short = text.partition("Promised and not kept here, 3 of 4 lines")[2].partition("---:|---|\n")[2].splitlines()
+    assert "`benchmarks/targets.toml` promises 4 figures of these rows." in text
+    short = text.partition("This machine does not reach 3 of them:")[2].partition("---:|---|\n")[2].splitlines()
     assert short[:3] == [
         "| most of the roof | an_op a forward | roof ≥ 0.6 | 0.500 | two things |",
         "| faster than p | an_op a forward | peer:p ≥ 1.6 | 0.900 | \N{EN DASH} |",
         "| no row | an_op d forward | extra_bytes ≤ 1.05 | \N{EN DASH} | \N{EN DASH} |",
     ]
     assert "much faster than p" not in text and "not measured" not in text
-    kept = report.readme_section([result_file(rows[4:])], lines=lines[2:3])
-    assert "All 1 promised figures" in kept and "Promised and not" not in kept and "A peer is" not in kept
+    kept = page([result_file(rows[4:])], lines=lines[2:3])
+    assert "reaches all 1 figures" in kept and "does not reach" not in kept and "A peer is" not in kept
 
 
-def test_readme_compares_with_released_code(monkeypatch):
-    """The fastest of it, not the slowest peer; a file from before the field asks the registry; a dash without any."""
+def test_a_page_compares_with_released_code(monkeypatch):
+    """The fastest of it, not the slowest peer; a file from before the field asks the op's peers; a dash without any."""
     rows = [entry("an_op", r, name) for name, r in ((measure.OURS, 1), ("fast", 2), ("slow", 50), ("late", 60))]
     records = [{"op": "an_op", "name": name, "error": None, "version": ""} for name in ("fast", "slow", "late")]
-    ours = "| an_op | a | float32 | forward | 2.00 | 7 | 3.0 | 50 | memory | fast | 2.00 |"
-    assert f"{ours} \N{EN DASH} | \N{EN DASH} | 0.4 |" in report.readme_section([result_file(rows, records)])
-    monkeypatch.setitem(
-        peers.registry,
-        "an_op",
-        [SimpleNamespace(name="fast", released=False), SimpleNamespace(name="late", released=True)],
-    )
-    assert f"{ours} late | 60.0 | 0.4 |" in report.readme_section([result_file(rows, records)])
+    ours = "| a | float32 | forward | 2.00 | 7 | 3.0 | 50 | memory | fast | 2.00 |"
+    assert f"{ours} \N{EN DASH} | \N{EN DASH} | 0.4 |" in page([result_file(rows, records)])
+    known = [SimpleNamespace(name="fast", released=False), SimpleNamespace(name="late", released=True)]
+    monkeypatch.setattr(peers, "of", lambda op: known)
+    assert f"{ours} late | 60.0 | 0.4 |" in page([result_file(rows, records)])
     new = [r | {"released": r["name"] != "fast"} for r in records]
-    assert f"{ours} slow | 50.0 | 0.4 |" in report.readme_section([result_file(rows, new)])
+    assert f"{ours} slow | 50.0 | 0.4 |" in page([result_file(rows, new)])
 
 
-def test_readme_names_what_a_run_lacked():
+def test_a_page_names_what_a_run_lacked():
     """Peers that were missing, those on which the compiler crashed, and a roof that did not count products."""
     errors = {"here": None, "absent": "No module named 'absent'", "other": "does this on a GPU only"}
     records = [{"op": "an_op", "name": n, "error": e, "version": ""} for n, e in errors.items()]
     rows = [entry("an_op", 1), entry("an_op", 2, "here")]
     notes = ["an_op[a, float32, forward] here: raised InductorError: AssertionError", "b_op[a] p: raised InductorError"]
-    text = report.readme_section([result_file(rows, records, notes=notes)])
-    assert (
-        "6 samples; missing peers: absent, other (GPU only); PyTorch's compiler crashed on an_op[a, float32, " in text
-    )
-    assert "forward] here\n" in text and "b_op" not in text and "of memory alone" not in text
+    text = page([result_file(rows, records, notes=notes)])
+    assert "Each row has 6 samples of our time. These peers were missing: absent, other (GPU only). PyTorch" in text
+    assert "PyTorch's compiler crashed on an_op[a, float32, forward] here.\n" in text
+    assert "b_op" not in text and "memory traffic alone" not in text
     before = [{k: v for k, v in r.items() if k != "bound"} for r in rows]
-    assert "6 samples; the roof is of memory alone\n" in report.readme_section([result_file(before)])
+    assert "of our time. The roof counts memory traffic alone.\n" in page([result_file(before)])
 
 
-def test_an_op_has_its_own_rows_of_every_machine():
-    """Of files with several ops; lines and peers of other ops stay away."""
+def test_an_op_has_its_own_rows():
+    """Of results with several ops; peers of other ops stay away, and an op without rows is not measured."""
     rows = [entry(op, r, name) for op in ("one", "two") for name, r in ((measure.OURS, 1), (f"peer of {op}", 2))]
     records = [{"op": op, "name": f"absent of {op}", "error": "no", "version": ""} for op in ("one", "two")]
-    first, second = result_file(rows, records), result_file(rows[:2])
-    second["environment"] |= {"cpu": "another machine"}
-    line = {"size": "a", "dtype": "float32", "mode": "forward", "metric": "roof", "at_least": 0.6, "level": "must"}
-    lines = [{**line, "op": op, "issue": f"promise of {op}"} for op in ("one", "two")]
-    text = report.op_section([first, second], ["one"], lines)
-    assert text.count("| one |") == 2 and text.count("\n### ") == 2 and "### another machine\n" in text
-    assert text.count("promise of one") == 2 and "absent of one" in text and "two" not in text
-    assert report.op_section([first], ["three"], lines) == "Not measured yet."
+    runs = {**{kind: [] for kind in pages.KINDS}, "ops": [result_file(rows, records)]}
+    sections = pages.machine_page(runs, ["three", "two", "one"], []).split("\n### ")[1:4]
+    assert [part.partition("\n")[0] for part in sections] == ["three", "two", "one"]
+    assert "This op is not measured on this machine." in sections[0] and "|" not in sections[0]
+    for part, own, other in ((sections[1], "two", "one"), (sections[2], "one", "two")):
+        assert part.count(f"| peer of {own} |") == 1 and f"absent of {own}." in part and f"of {other}" not in part
+        assert "not measured" not in part
 
 
 @pytest.mark.parametrize("worker, recorded", [(False, 1), (True, 0)])
-def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
+def test_a_round_is_recorded_once(monkeypatch, tmp_path, worker, recorded):
     """By the process that starts the workers; too few examples of an op count as failures."""
     import conftest
 
-    rounds = []
-    monkeypatch.setattr(reliability, "add_round", lambda *args: rounds.append(args))
+    rounds = tmp_path / "rounds.jsonl"
+    rounds.touch()
+    monkeypatch.setattr(conftest, "STARTED", 5)
     monkeypatch.setenv("FUZZ_EXAMPLES", "200")
-    monkeypatch.setenv("FUZZ_RUN", "5")
+    monkeypatch.setenv("FUZZ_OUT", str(rounds))
     counts = {name: 500 for name in OPS} | {OPS[0]: 499}
     reports = [SimpleNamespace(user_properties=[("examples", counts)])]
     reporter = SimpleNamespace(
@@ -1132,7 +1261,12 @@ def test_a_round_is_recorded_once(monkeypatch, worker, recorded):
     )
     session = SimpleNamespace(config=config, exitstatus=0)
     conftest.pytest_sessionfinish(session, 0)
-    assert rounds == [("5", "7", dict(sorted(counts.items())), 2)] * recorded
+    wanted = {"start": 5, "seed": "7", "examples": dict(sorted(counts.items())), "failed": 2}
+    assert [json.loads(line) for line in rounds.read_text().splitlines()] == [wanted] * recorded
+    added = []
+    monkeypatch.setattr(reliability, "add_round", lambda *args: added.append(args))
+    assert command.main(["record", "fuzz", str(rounds)]) == 0
+    assert added == [("5", "7", wanted["examples"], 2)] * recorded
     assert bool(session.exitstatus) == bool(recorded)
 
 
@@ -1162,49 +1296,53 @@ def test_a_planted_fault_is_taken_back(tmp_path, monkeypatch):
     assert library.read_bytes() == b"built" and (tmp_path / header).read_text() == before
 
 
-def test_long_runs_are_counted(tmp_path):
+def test_long_runs_are_counted(tmp_path, monkeypatch):
     """Rounds of one fuzz run add up, those of an earlier run do not; a run that was never made says so."""
-    folder, wheels = tmp_path / "reliability", tmp_path / "wheel"
-    assert reliability.markdown(folder, wheels).count("no whole run is recorded yet") == 3
-    reliability.add_round("1", "7", {"masked_avg_pool": 9000}, 1, folder)
+    monkeypatch.setattr(storage, "RESULTS", tmp_path)
+    assert reliability.markdown().count("no whole run is recorded yet") == 3
+    reliability.add_round("1", "7", {"masked_avg_pool": 9000}, 1)
     started = str(int(time.time()) - 1800)
     for seed, count in ((8, 500), (9, 700)):
-        reliability.add_round(started, str(seed), {"masked_avg_pool": count, "dense_cosine_max": 1}, 0, folder)
-    assert [r["seed"] for r in reliability.read("fuzz", folder)["rounds"]] == ["8", "9"]
+        reliability.add_round(started, str(seed), {"masked_avg_pool": count, "dense_cosine_max": 1}, 0)
+    assert [r["seed"] for r in reliability.read("fuzz")["rounds"]] == ["8", "9"]
     cases = [{"op": op, "isa": "avx2", "sanitizer": s, "count": 30} for op in ("a", "b") for s in ("thread", "address")]
-    reliability.record("sanitize", {"seed": 1, "cases": cases, "failures": ["x"]}, folder)
+    reliability.record("sanitize", {"seed": 1, "cases": cases, "failures": ["x"]})
     faults = {"a/one": "test", "a/two": None, "b/one": "test"}
-    reliability.record("mutants", {"whole": 5, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]}, folder)
-    assert "| `make mutants` | no whole run is recorded yet" in reliability.markdown(folder, wheels)
-    reliability.record("mutants", {"whole": 4, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]}, folder)
+    reliability.record("mutants", {"whole": 5, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]})
+    assert "| `make mutants` | no whole run is recorded yet" in reliability.markdown()
+    reliability.record("mutants", {"whole": 4, "planted": 3, "caught": 2, "faults": faults, "not_run": ["a/z"]})
     log = {**environment.environment(), "wheel": {"file": "w.whl"}, "runs": [{"torch": "2.15.0"}, {"torch": "2.10.0"}]}
-    environment.write_json(wheels / "linux.json", log)
-    fuzzed, sanitized, mutants, wheel = reliability.markdown(folder, wheels).splitlines()[2:]
+    assert reliability.wheel_log("linux") is None
+    assert reliability.record_wheel("linux", log) == tmp_path / "wheel" / "linux.csv"
+    assert reliability.wheel_log("linux") == log
+    found = reliability.read("mutants")
+    assert (found["faults"], found["not_run"], found["whole"]) == (faults, ["a/z"], 4)
+    fuzzed, sanitized, mutants, wheel = reliability.markdown().splitlines()[2:]
     assert "2 rounds in 30 minutes, 1,202 random calls: dense_cosine_max 2, masked_avg_pool 1,200 | 0 tests" in fuzzed
     assert "60 calls under thread, 60 calls under address: a, b | 1 failed" in sanitized
     assert "3 planted faults: a 2, b 1; 1 more, of" in mutants and "| 2 caught" in mutants and "2.10.0, 2.15.0" in wheel
 
 
 def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, capsys):
-    """An older file keeps the ops that a newer one has not, and another machine its own; a line of an op without
+    """An older run keeps the ops that a newer one has not, and another machine its own; a line of an op without
     results is missing."""
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(storage, "RESULTS", tmp_path)
 
-    def write(name, op, date, cpu=results["environment"]["cpu"]):
+    def write(name, op, date, machine="machine"):
         one = copy.deepcopy(results)
-        one["environment"] |= {"date": date, "cpu": cpu}
+        one["environment"]["date"] = date
         one["plan"]["ops"] = [op]
         for record in one["rows"] + one["peers"]:
             record["op"] = op
-        environment.write_json(tmp_path / f"{name}.json", one)
+        storage.write(tmp_path / "ops" / f"{machine}.csv", name, one)
         return one["rows"]
 
     write("a", "one", "2026-01-01T00:00:00+00:00")
     rows = write("b", "one", "2026-01-03T00:00:00+00:00")
     write("c", "two", "2026-01-02T00:00:00+00:00")
     write("d", "two", "2026-01-01T00:00:00+00:00", "another")
-    chosen = {f["file"]: {r["op"] for r in f["rows"]} for f in command._newest()}
-    assert chosen == {"b.json": {"one"}, "c.json": {"two"}, "d.json": {"two"}}
+    chosen = {(r["machine"], r["name"]): {row["op"] for row in r["rows"]} for r in storage.newest("ops", "networks")}
+    assert chosen == {("machine", "b"): {"one"}, ("machine", "c"): {"two"}, ("another", "d"): {"two"}}
     ours = next(r for r in rows if r["provider"] == measure.OURS)
     lines = tmp_path / "lines.toml"
     line = '[[line]]\nop = "{}"\nsize = "{}"\ndtype = "{}"\nmode = "{}"\nmetric = "roof"\nat_least = 0\nissue = "x"\n'
@@ -1218,13 +1356,13 @@ def test_the_newest_results_of_every_op_count(results, tmp_path, monkeypatch, ca
 
 
 def test_run_refuses_unknown_ops(capsys):
-    assert command.main(["run", "nothing"]) == 2
+    assert command.main(["run", "--ops", "nothing"]) == 2
     assert "unknown ops nothing" in capsys.readouterr().out
 
 
 def test_run_says_how_to_get_the_ceilings(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fss_kernels._native", None)
-    assert command.main(["run", OPS[0]]) == 2
+    assert command.main(["run", "--ops", OPS[0]]) == 2
     assert "run `FSS_KERNELS_BUILD=native python setup.py build_ext --inplace`" in capsys.readouterr().out
 
 
@@ -1235,12 +1373,12 @@ def test_numerics_need_no_command_line_packages():
 
 
 def test_run_from_end_to_end(tmp_path, capsys):
-    out = tmp_path / "results.json"
+    out = tmp_path / "results.csv"
     spec = testing.specs()[OPS[0]]
     size = next(iter(spec.sizes))
     options = ["--tiny", "--sizes", size, "--exclude", *COMPILED, "--rounds", "2", "--repeats", "2"]
-    assert command.main(["run", OPS[0], *options, "--out", str(out)]) == 0, capsys.readouterr().out
-    found = json.loads(out.read_text())
+    assert command.main(["run", "--ops", OPS[0], *options, "--out", str(out)]) == 0, capsys.readouterr().out
+    found = storage.run(out, "ops")
     assert found["failures"] == [] and "clean" in found["environment"] and "commit" in found["environment"]
     assert found["environment"]["allocator"] == environment.ALLOCATOR
     assert found["environment"]["threads"] == environment.cores()

@@ -9,7 +9,7 @@ from conftest import BACKENDS, SAMPLES
 from torch.utils.data import DataLoader, Dataset
 
 import fss_kernels
-from fss_kernels import _library, testing
+from fss_kernels import _backends, testing
 
 COMPILED = [(spec, backend) for spec, backend in BACKENDS if backend != "reference"]
 # of every op: the largest sample, whose work several threads share, and the first one
@@ -75,7 +75,7 @@ def test_forced_backends_are_of_one_thread():
 
     def other():
         assert forced.wait(60)
-        seen = _library.forced_backend()
+        seen = _backends.forced()
         checked.set()
         return seen
 
@@ -83,7 +83,7 @@ def test_forced_backends_are_of_one_thread():
         seen = pool.submit(other)
         forced.set()
         assert checked.wait(60) and seen.result() is None
-        assert _library.forced_backend() == "reference"
+        assert _backends.forced() == "reference"
 
 
 class Calls(Dataset):

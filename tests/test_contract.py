@@ -2,25 +2,16 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import SPECS, ids
 
 import fss_kernels
-from fss_kernels import _library, testing
+from fss_kernels import _backends, _loading, testing
 
 BAD = [pytest.param(spec, bad, id=f"{spec.name}-{bad.id}") for spec in SPECS for bad in spec.bad_inputs()]
-SIGNATURES = {
-    "dense_cosine_match": "(query, support, mask=None, *, eps=1e-07, eps_mode='clamp')",
-    "dense_cosine_max": (
-        "(query, support, mask=None, *, windows=((1, 1),), masked='zero', eps=1e-07, eps_mode='clamp')"
-    ),
-    "dynamic_conv2d": "(x, kernels, *, merge=False)",
-    "hypercorrelation": "(query, support, mask=None, *, eps=1e-05, eps_mode='add', clamp=True)",
-    "masked_avg_pool": "(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",
-    "prototype_cosine": "(features, prototypes, *, scale=1.0, eps=1e-08, eps_mode='clamp')",
-}
 
 
 @pytest.mark.parametrize("spec, bad", BAD)
@@ -37,7 +28,7 @@ def test_public_signature(spec):
         parameters=[p.replace(annotation=p.empty) for p in signature.parameters.values()],
         return_annotation=signature.empty,
     )
-    assert str(bare) == SIGNATURES[spec.name]
+    assert str(bare) == spec.signature
     assert getattr(fss_kernels, spec.name) is function
     for word in ("Args:", "Returns:", "Raises:", "Example:", "Cost:", "Source"):
         assert word in function.__doc__
@@ -58,21 +49,21 @@ def test_empty_batch(spec, backend, layout):
 
 
 def test_use_backend_errors():
-    names = ", ".join(_library.BACKENDS)
+    names = ", ".join(_loading.BACKENDS)
     with pytest.raises(ValueError, match=f"^use_backend: name must be one of {names}, got 'fast'$"):
         fss_kernels.use_backend("fast").__enter__()
-    reason = re.escape(_library.unavailable["triton"])
+    reason = re.escape(_loading.unavailable["triton"])
     with pytest.raises(RuntimeError, match=f"^use_backend: backend 'triton' is not available: {reason}$"):
         fss_kernels.use_backend("triton").__enter__()
 
 
 def test_use_backend_nests_and_restores():
-    assert _library.forced_backend() is None
+    assert _backends.forced() is None
     with fss_kernels.use_backend("reference"):
         with fss_kernels.use_backend("cpp"):
-            assert _library.forced_backend() == "cpp"
-        assert _library.forced_backend() == "reference"
-    assert _library.forced_backend() is None
+            assert _backends.forced() == "cpp"
+        assert _backends.forced() == "reference"
+    assert _backends.forced() is None
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
@@ -87,7 +78,7 @@ def test_backend_is_really_used(spec, monkeypatch):
         def spy(direction, run, name=name):
             return lambda *args: (used.append((name, direction)), run(*args))[1]
 
-        spied = _library.Backend(spy("f", backend.forward), spy("b", backend.backward), backend.devices)
+        spied = _backends.Backend(spy("f", backend.forward), spy("b", backend.backward), backend.devices)
         monkeypatch.setitem(spec.op.backends, name, spied)
     for forced, expected in (("reference", "reference"), ("cpp", "cpp"), (None, "cpp")):
         used.clear()
@@ -114,3 +105,12 @@ def test_backend_table(monkeypatch):
     assert chosen == ["cuda", "cuda", "triton"]
     assert _tuning.backend("masked_avg_pool", "GPU B", 1) is None
     _tuning.backend.cache_clear()
+
+
+def test_tests_do_not_need_the_benchmarks():
+    """What both need is in the package; tests of the benchmarks aside."""
+    folder = Path(__file__).parent
+    about = {"test_benchmarks.py", "test_benchmarks_command.py", "test_storage.py", "test_gpu_dry.py"}
+    files = [p for p in folder.rglob("*.py") if p.name not in about and "mutants" not in p.parts]
+    importing = re.compile(r"^\s*(from|import) benchmarks\b", re.MULTILINE)
+    assert len(files) > 40 and not [p.name for p in files if importing.search(p.read_text())]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fss_kernels import _library, testing
+from fss_kernels import _loading, testing
 
 sys.path.insert(0, str(Path(__file__).parent / "cpp"))
 sys.path.insert(0, str(Path(__file__).parent / "mutants"))
@@ -20,7 +20,7 @@ import sanitize_cores
 
 pytestmark = pytest.mark.slow
 
-ISA = "avx2" if "avx2" in _library.supported_isas() else "generic"
+ISA = "avx2" if "avx2" in _loading.supported_isas() else "generic"
 
 
 @pytest.mark.parametrize("sanitizer", sanitize_cores.CASES)
@@ -40,8 +40,10 @@ def test_the_fuzzer_finds_a_planted_fault(tmp_path):
 
 
 def test_every_core_is_fuzzed():
-    cores = sanitize_cores.ROOT.glob("csrc/*/*.h")
-    assert sanitize_cores.OPS == sorted(path.stem for path in cores if path.stem == path.parent.name)
+    cores = sorted(p for p in sanitize_cores.ROOT.glob("csrc/*/*.h") if p.stem == p.parent.name)
+    missing = [str(p.with_name(f"{p.stem}_fuzz.cpp").relative_to(sanitize_cores.ROOT)) for p in cores]
+    missing = [name for name in missing if not (sanitize_cores.ROOT / name).exists()]
+    assert cores and not missing, f"no random cases of a core for `make sanitize`: {missing}"
 
 
 @pytest.mark.parametrize("op", emulate_cuda.OPS)

@@ -12,9 +12,19 @@ import fss_kernels
 from fss_kernels import testing
 
 COMPILED = [pytest.param(s, b, id=f"{s.name}-{b}") for s, b in BACKENDS if b != "reference"]
-# ops whose gradient of a channel does not depend on the other channels
-BY_CHANNEL = [p for p in COMPILED if p.values[0].name == "masked_avg_pool"]
-BIG_ENOUGH = ("many-pixels", "many-rows", "streamed")
+LARGE = [
+    pytest.param(spec, backend, sample, id=f"{spec.name}-{backend}-{sample.id}")
+    for spec, backend in BACKENDS
+    for sample in spec.samples()
+    if backend != "reference" and sample.large and next(iter(sample.tensors.values())).shape[0] > 1
+]
+
+
+def big_enough(spec):
+    """The samples that several threads share: the large ones and the four largest of the others."""
+    rest = [s for s in spec.samples() if not s.large]
+    largest = sorted(rest, key=lambda s: -sum(t.numel() for t in s.tensors.values()))[:4]
+    return [*largest, *(s for s in spec.samples() if s.large)]
 
 
 def results(spec, sample, dtype, layout):
@@ -36,7 +46,7 @@ def restore_threads():
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=ids)
 @pytest.mark.parametrize("spec, backend", COMPILED)
 def test_repeats_and_threads(spec, backend, dtype, layout, restore_threads):
-    for sample in (s for sp, s in SAMPLES if sp is spec and (s.large or s.id in BIG_ENOUGH)):
+    for sample in big_enough(spec):
         with fss_kernels.use_backend(backend):
             torch.set_num_threads(1)
             first = results(spec, sample, dtype, layout)
@@ -69,12 +79,11 @@ def test_batch_neighbours_do_not_matter(spec, backend, layout):
                     assert torch.equal(a[0], t[i]), sample.id
 
 
-@pytest.mark.parametrize("spec, backend", BY_CHANNEL)
-def test_large_and_small_gradients_agree(spec, backend):
+@pytest.mark.parametrize("spec, backend, sample", LARGE)
+def test_large_and_small_gradients_agree(spec, backend, sample):
     """Writing a large gradient past the caches changes where it goes, not what it is."""
-    sample = next(s for sp, s in SAMPLES if sp is spec and s.large)
     tensors = spec.cast(sample, torch.float32)
-    first = {k: t[:1] for k, t in tensors.items()}
+    first = {k: t if k in sample.shared else t[:1] for k, t in tensors.items()}
     with fss_kernels.use_backend(backend):
         grads = []
         for chosen in (tensors, first):

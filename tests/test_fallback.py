@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fss_kernels import _library
+from fss_kernels import _loading, _op
 
 ROOT = Path(__file__).parents[1]
-ISAS = _library.supported_isas()
+ISAS = _loading.supported_isas()
 
 # One process imports PyTorch and forks once for every case: what is there is decided when fss_kernels is imported.
 MATRIX = """
@@ -27,14 +27,14 @@ def report(case):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         import fss_kernels
-    from fss_kernels import __main__, _library, testing
+    from fss_kernels import __main__, _backends, _loading, _op, testing
     text = io.StringIO()
     wrong, forced, compared = [], {}, {}
     for spec in testing.specs().values():
         sample = next(s for s in spec.samples() if not s.large)
-        for backend in (None, *_library.BACKENDS):
+        for backend in (None, *_loading.BACKENDS):
             try:
-                with _library.use_backend(backend):
+                with _backends.use_backend(backend):
                     results = testing.evaluate(spec, sample, backend, torch.float32, "contiguous")
                 wrong += [c.message for _, c in results if not c.passed]
                 compared[str(backend)] = compared.get(str(backend), 0) + len(results)
@@ -49,7 +49,7 @@ def report(case):
         model = fss_models.build(name, "tiny", **({} if name == "panet" else {"channels": 8})).eval()
         with torch.no_grad():
             logits = model(*images, mask)
-            with _library.use_backend("reference"):
+            with _backends.use_backend("reference"):
                 wanted = model(*images, mask)
         networks.append(name)
         if not torch.allclose(logits, wanted, rtol=1e-4, atol=1e-5):
@@ -57,7 +57,7 @@ def report(case):
     code = __main__.info(Console(file=text, width=1000))
     return {
         "from": fss_kernels.__file__, "info": text.getvalue(), "code": code, "wrong": wrong, "refused": forced,
-        "defaults": sorted({op.default_backend("cpu") for op in _library.ops.values()}), "isa": _library.cpu_isa(),
+        "defaults": sorted({op.default_backend("cpu") for op in _op.ops.values()}), "isa": _loading.cpu_isa(),
         "compared": compared, "networks": networks,
         "warnings": [str(w.message) for w in caught if "fss_kernels" in str(w.message)],
     }
@@ -144,9 +144,9 @@ def test_fallbacks(reports, case):
     assert found["refused"].keys() == {"cuda", *reasons}
     said = [line.partition(", cuda: ")[2] for line in found["info"].splitlines() if ", cuda: " in line]
     assert said and all(reason and reason in found["refused"]["cuda"] for reason in said)
-    assert found["compared"].keys() == {"None", *_library.BACKENDS} - found["refused"].keys()
-    assert min(found["compared"].values()) >= 2 * len(_library.ops)
+    assert found["compared"].keys() == {"None", *_loading.BACKENDS} - found["refused"].keys()
+    assert min(found["compared"].values()) >= 2 * len(_op.ops)
     assert found["networks"] == ["dpcn", "dpnet", "panet"]
     assert found["warnings"] == [f"fss_kernels: the CPU kernels are off: {r}" for r in reasons.values() if "ISA" in r]
-    assert found["isa"] == (case if case in ISAS else None if default == "reference" else _library.cpu_isa())
+    assert found["isa"] == (case if case in ISAS else None if default == "reference" else _loading.cpu_isa())
     assert ("fallback" in found["from"]) == ("library" in case)

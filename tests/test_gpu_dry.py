@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import pytest
 import sanitize
 import torch
 
-from benchmarks import environment, gpu, gpu_timing, measure, models, peers
-from fss_kernels import _library, testing
+from benchmarks import environment, gpu, gpu_timing, measure, models, peers, storage
+from fss_kernels import _loading, _op, testing
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +33,7 @@ def no_compiler(monkeypatch):
 def folder(tmp_path_factory):
     """All stages, dry, in one folder."""
     out = tmp_path_factory.mktemp("gpu")
-    codes = {stage: gpu.main(["--stage", stage, "--out", str(out), "--dry"]) for stage in gpu.STAGES}
+    codes = {stage: gpu.run(stage, out, dry=True) for stage in gpu.STAGES}
     assert codes == dict.fromkeys(gpu.STAGES, 0)
     return out
 
@@ -55,13 +54,13 @@ def test_a_dry_run_needs_nothing_but_a_clone(tmp_path):
         return subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     dry, real = commands("DRY=1"), commands("OUT=out", "STAGE=core")
-    assert 0 <= dry.find("-m venv .venv") < dry.find(".venv/bin/python -m benchmarks.gpu")
-    assert " python3 -m benchmarks.gpu" in real and ".venv" not in real
+    assert 0 <= dry.find("-m venv .venv") < dry.find(".venv/bin/python -m benchmarks gpu")
+    assert " python3 -m benchmarks gpu" in real and ".venv" not in real
 
 
 def test_stages_meet_in_one_file(folder):
-    assert len(list(folder.iterdir())) <= 6 and not [p for p in folder.iterdir() if p.is_dir()]
-    merged = json.loads((folder / gpu.MERGED).read_text())
+    assert len(list(folder.iterdir())) <= 8 and not [p for p in folder.iterdir() if p.is_dir()]
+    merged = storage.run(folder / gpu.MERGED, gpu.RUN)
     assert list(merged["stages"]) == list(gpu.STAGES)
     assert {s["status"] for s in merged["stages"].values()} == {"complete"}
     steps = {s["name"]: s for s in merged["stages"]["build-test"]["steps"]}
@@ -84,7 +83,7 @@ def test_calibration_leaves_the_precision_flags_readable():
 
 
 def test_every_row_is_checked_or_refused(folder):
-    rows = json.loads((folder / gpu.MERGED).read_text())["rows"]
+    rows = storage.run(folder / gpu.MERGED, gpu.RUN)["rows"]
     providers = {stage: {r["provider"] for r in rows if r["stage"] == stage} for stage in gpu.STAGES}
     assert {r["op"] for r in rows if r["stage"] in ("core", "peers")} == set(testing.specs())
     assert {OURS, "panet", "compile(panet)", "grouped", "compile(grouped)"} <= providers["core"]
@@ -102,7 +101,7 @@ def test_every_row_is_checked_or_refused(folder):
 
 def test_networks_are_measured_in_both_modes(folder):
     """The default backends and the reference have times; Triton has them, or the reason why not."""
-    rows = [r for r in json.loads((folder / gpu.MERGED).read_text())["rows"] if r["stage"] == "models"]
+    rows = [r for r in storage.run(folder / gpu.MERGED, gpu.RUN)["rows"] if r["stage"] == "models"]
     keys = [(r["op"], r["mode"], r["dtype"], r["provider"]) for r in rows]
     wanted = {(n, m, d, p) for n in ("dpcn", "dpnet") for m in ("train", "evaluate") for d in gpu_timing.DTYPES
               for p in NETWORK_PROVIDERS}  # fmt: skip
@@ -110,7 +109,7 @@ def test_networks_are_measured_in_both_modes(folder):
     seconds = {key: row["seconds"] for key, row in zip(keys, rows, strict=True)}
     for (op, mode, dtype, provider), row in zip(keys, rows, strict=True):
         if provider.endswith("triton"):
-            assert row["refused"] == _library.missing("triton") and row["correct"] is None
+            assert row["refused"] == _loading.missing("triton") and row["correct"] is None
             continue
         assert row["refused"] is None and row["size"] == models.QUICK.label and row["batch"] == 1
         assert row["max_error"] <= models.TOLERANCE[dtype] and (row["max_error"] == 0 or "default" in provider)
@@ -123,7 +122,7 @@ def test_networks_are_measured_in_both_modes(folder):
 
 def test_a_network_with_wrong_numbers_gets_no_speed(monkeypatch):
     """Wrong gradients of one kernel refuse the training step of the default backends; evaluation has its time."""
-    implementation = _library.ops["masked_avg_pool"].backends["cpp"]
+    implementation = _op.ops["masked_avg_pool"].backends["cpp"]
     backward = implementation.backward
     monkeypatch.setattr(implementation, "backward", lambda *args: [g * 1.5 for g in backward(*args)])
     clock = gpu_timing.Clock(dry=True)
@@ -174,15 +173,15 @@ def test_a_wrong_and_a_crashing_provider_get_no_speed(monkeypatch, no_compiler):
     def crash(*args, **options):
         raise RuntimeError("out of order")
 
-    good = next(p for p in peers.registry[ROW.op] if p.name == "eager")
-    crashing = dataclasses.replace(good, name="crashing", build=lambda tensors, options: crash)
-    unbuilt = dataclasses.replace(good, name="unbuilt", build=crash)
-    monkeypatch.setitem(peers.registry, ROW.op, [good, crashing, unbuilt])
+    good = next(p for p in peers.of(ROW.op) if p.name == "eager")
+    crashing = dataclasses.replace(good, name="crashing", function=crash)
+    unbuilt = dataclasses.replace(good, name="unbuilt", form="unknown")
+    monkeypatch.setattr(peers, "of", lambda op: (good, crashing, unbuilt))
     monkeypatch.setattr(testing, "specs", lambda: {ROW.op: wrong})
     found = entries("peers")
     assert found["eager"]["seconds"] is not None and found["eager"]["ratio_to_ours"] is None
     assert found[OURS]["correct"] is False and "times the allowed" in found[OURS]["refused"]
-    assert "out of order" in found["crashing"]["refused"] and "out of order" in found["unbuilt"]["refused"]
+    assert "out of order" in found["crashing"]["refused"] and "'unknown'" in found["unbuilt"]["refused"]
     refused = [e for e in found.values() if e["refused"]]
     assert all(e["seconds"] is None and e["gbps"] is None and e["roof_fraction"] is None for e in refused)
     assert any(OURS in line for line in gpu.failures({"rows": list(found.values())}, "peers"))
@@ -221,7 +220,7 @@ def test_the_watchdog_keeps_what_was_measured(tmp_path):
     hang = worker(tmp_path, f"open({str(tmp_path / 'core.jsonl')!r}, 'a').write('{{\"cut'); time.sleep(60)")
     assert gpu.run("core", tmp_path, dry=True, limit=2.0, worker=hang) == 1
     assert time.monotonic() - start < 20
-    merged = json.loads((tmp_path / gpu.MERGED).read_text())
+    merged = storage.run(tmp_path / gpu.MERGED, gpu.RUN)
     assert "watchdog" in merged["stages"]["core"]["status"] and len(merged["rows"]) == 1
 
 
@@ -229,10 +228,10 @@ def test_a_crash_starts_again_while_rows_advance(tmp_path):
     seen = f"n = open({str(tmp_path / 'core.jsonl')!r}).read().count('begin')"
     body = f"{seen}\nif n < 3: sys.exit(9)\nwrite(kind='end', status='complete')"
     assert gpu.run("core", tmp_path, dry=True, limit=30.0, worker=worker(tmp_path, body)) == 0
-    merged = json.loads((tmp_path / gpu.MERGED).read_text())
+    merged = storage.run(tmp_path / gpu.MERGED, gpu.RUN)
     assert len(merged["rows"]) == 3 and merged["stages"]["core"]["status"] == "complete"
     assert gpu.run("core", tmp_path, dry=True, limit=30.0, worker=[sys.executable, "-c", "raise SystemExit(9)"]) == 1
-    merged = json.loads((tmp_path / gpu.MERGED).read_text())
+    merged = storage.run(tmp_path / gpu.MERGED, gpu.RUN)
     assert merged["stages"]["core"]["status"] == "ended with code 9" and merged["rows"] == []
 
 

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 RUN_ONE = """
 import torch, fss_kernels
-from fss_kernels import _library
+from fss_kernels import _loading, _op
 x, m = torch.randn(2, 3, 5, 5, requires_grad=True), torch.rand(2, 9, 9)
 out = fss_kernels.masked_avg_pool(x, m)
 out.sum().backward()
 r = torch.nn.functional.interpolate(m[:, None], (5, 5), mode="bilinear", align_corners=True)
 torch.testing.assert_close(out, (x * r).sum((2, 3)) / (r.sum((2, 3)) + 5e-4))
-print(fss_kernels.__file__, _library.ops["masked_avg_pool"].default_backend("cpu"), _library.unavailable.get("cpp"))
+print(fss_kernels.__file__, _op.ops["masked_avg_pool"].default_backend("cpu"), _loading.unavailable.get("cpp"))
 """
 
 

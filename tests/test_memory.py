@@ -10,8 +10,7 @@ import torch
 from conftest import BACKENDS, SAMPLES, SPECS, ids
 
 import fss_kernels
-from benchmarks import measure
-from fss_kernels import testing
+from fss_kernels import _memory, testing
 
 SLACK = 1280  # 20 small tensors, rounded up to 64 bytes each
 COMPILED = [pytest.param(s, b, id=f"{s.name}-{b}") for s, b in BACKENDS if b != "reference"]
@@ -36,9 +35,9 @@ def test_peak_is_the_stated_scratch_memory(spec, dtype, layout):
     for sample, tensors in hungry(spec, dtype, layout):
         stated = spec.scratch_bytes(sample, dtype)
         assert stated > SLACK
-        results = spec.op.fwd(*spec.arguments(*tensors.values(), **sample.options))[spec.op.outputs :]
-        indices = measure.nbytes(results[: spec.op.returned])  # results as well, which `function` leaves out
-        extra = measure.extra_bytes(lambda t=tensors, o=sample.options: spec.function(*t.values(), **o))
+        results = spec.op.fwd(*spec.arguments(*tensors.values(), **sample.options))
+        indices = _memory.nbytes(results[len(spec.op.outputs) : len(spec.op.returned)])  # `function` leaves them out
+        extra = _memory.extra_bytes(lambda t=tensors, o=sample.options: spec.function(*t.values(), **o))
         assert extra <= 1.05 * stated + indices + SLACK, sample.id
 
 
@@ -49,15 +48,15 @@ def test_gradients_take_as_much_again(spec, dtype, layout):
     another layout at most."""
     for sample, tensors in hungry(spec, dtype, layout):
         names = testing.differentiable_names(spec, tensors)
-        results = measure.nbytes(measure.flat(spec.function(*tensors.values(), **sample.options)))
-        extra = measure.extra_bytes(lambda t=tensors, o=sample.options, n=names: gradients(spec, t, o, n))
+        results = _memory.nbytes(_memory.flat(spec.function(*tensors.values(), **sample.options)))
+        extra = _memory.extra_bytes(lambda t=tensors, o=sample.options, n=names: gradients(spec, t, o, n))
         assert extra <= 2 * results + 2.05 * spec.scratch_bytes(sample, dtype) + SLACK, sample.id
 
 
 def gradients(spec, tensors, options, names, **how):
     """The gradients of a call, with its results as theirs."""
     leaves = {n: t.detach().requires_grad_() if n in names else t for n, t in tensors.items()}
-    results = [r for r in measure.flat(spec.function(*leaves.values(), **options)) if r.requires_grad]
+    results = [r for r in _memory.flat(spec.function(*leaves.values(), **options)) if r.requires_grad]
     return torch.autograd.grad(results, [leaves[n] for n in names], [r.detach() for r in results], **how)
 
 

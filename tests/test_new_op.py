@@ -1,7 +1,7 @@
 """An op is added by its own folders and three lines: tests/toy is one, laid over a copy of the project.
 
-Nothing else of the copy is edited, but for what `benchmarks readme` generates. Everything that is done with an op is then
-done with this one: the generic tests, random calls, `verify`, a benchmark, ahead-of-time compilation and lint.
+Nothing else of the copy is edited, but for what `benchmarks readme` generates. Everything that is done with an op is
+then done with this one: the generic tests, random calls, `verify`, a benchmark, ahead-of-time compilation and lint.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def test_verify(copy):
 
 
 def test_benchmark(copy):
-    run(
-        copy, "-m", "benchmarks", "run", "--quick", "--tiny", "--ops", f'["{OP}"]', "--out", copy / "report" / "toy.csv"
-    )
+    run(copy, "-m", "benchmarks", "run", "--quick", "--tiny", "--ops", OP, "--out", copy / "report" / "toy.csv")
     assert OP in (copy / "report" / "toy.csv").read_text()
 
 

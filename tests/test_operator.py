@@ -35,7 +35,7 @@ def test_opcheck(spec, layout, requires_grad):
     arguments = raw_arguments(spec, sample, torch.float32, layout, requires_grad)
     assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}
 
-    n_in, n_out = len(sample.tensors), spec.op.outputs
+    n_in, n_out = len(sample.tensors), len(spec.op.outputs)
     results = [r.detach() for r in spec.op.fwd(*arguments)]
     results[:n_out] = [torch.ones_like(r).requires_grad_(requires_grad) for r in results[:n_out]]
     for needs in ([True] * n_in, [i == 0 for i in range(n_in)], [i == n_in - 1 for i in range(n_in)]):
@@ -44,13 +44,7 @@ def test_opcheck(spec, layout, requires_grad):
         assert set(opcheck(spec.op.bwd, backward, test_utils=utils).values()) == {"SUCCESS"}
 
 
-SECOND = {  # no masks, no prototypes, no shots: the second dimension of these may be 0
-    "masked_avg_pool": ("mask",),
-    "prototype_cosine": ("prototypes",),
-    "dense_cosine_max": ("support", "mask"),
-    "dense_cosine_match": ("support", "mask"),
-}
-EMPTIES = [(spec, "batch") for spec in SPECS] + [(spec, SECOND[spec.name][0]) for spec in SPECS if spec.name in SECOND]
+EMPTIES = [(spec, "batch") for spec in SPECS] + [(spec, spec.counted[0]) for spec in SPECS if spec.counted]
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no-grad", "grad"])
@@ -58,7 +52,7 @@ EMPTIES = [(spec, "batch") for spec in SPECS] + [(spec, SECOND[spec.name][0]) fo
 @pytest.mark.parametrize("spec, cut", EMPTIES, ids=ids)
 def test_opcheck_of_nothing(spec, cut, layout, requires_grad):
     sample = next(s for s in spec.samples() if not s.large)
-    shrunk = {k: t[:, :0] if k in SECOND.get(spec.name, ()) else t for k, t in sample.tensors.items()}
+    shrunk = {k: t[:, :0] if k in spec.counted else t for k, t in sample.tensors.items()}
     empty = {k: t[:0] for k, t in sample.tensors.items()} if cut == "batch" else shrunk
     arguments = raw_arguments(spec, dataclasses.replace(sample, tensors=empty), torch.float32, layout, requires_grad)
     assert set(opcheck(spec.op.fwd, arguments, test_utils=OPCHECK).values()) == {"SUCCESS"}
@@ -81,13 +75,13 @@ def test_fake_agrees(spec, dtype):
             real = spec.op.fwd(*arguments)
             needs = [t.is_floating_point() for t in sample.tensors.values()]
             backward = testing.raw_backward(spec, real, arguments, needs)
-            real = (*real, *spec.op.flatten(spec.op.bwd(*backward))[1])
+            real = (*real, *spec.op.gradients.flatten(spec.op.bwd(*backward)))
             with FakeTensorMode() as mode:
 
                 def fake(args, mode=mode):
                     return pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
 
-                results = (*spec.op.fwd(*fake(arguments)), *spec.op.flatten(spec.op.bwd(*fake(backward)))[1])
+                results = (*spec.op.fwd(*fake(arguments)), *spec.op.gradients.flatten(spec.op.bwd(*fake(backward))))
             for r, f in zip(real, results, strict=True):
                 assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
 
@@ -98,7 +92,7 @@ def test_raw_op_is_differentiable(spec):
     sample = next(iter(spec.samples()))
     tensors = spec.cast(sample, torch.float64)
     free = [tensors[n].requires_grad_() for n in testing.differentiable_names(spec, tensors)]
-    outputs = spec.op.fwd(*spec.arguments(*tensors.values(), **sample.options))[: spec.op.outputs]
+    outputs = spec.op.fwd(*spec.arguments(*tensors.values(), **sample.options))[: len(spec.op.outputs)]
     raw = torch.autograd.grad(sum(o.pow(2).sum() for o in outputs), free)
     public = torch.autograd.grad(spec.function(*tensors.values(), **sample.options).pow(2).sum(), free)
     for r, p in zip(raw, public, strict=True):

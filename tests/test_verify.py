@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SPECS, ids, sample_of
 
-from fss_kernels import __main__, _library, testing
+from fss_kernels import __main__, _backends, _loading, _op, testing
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def few_rows(monkeypatch):
 def test_info(capsys):
     assert __main__.main(["info"]) == 0
     out = capsys.readouterr().out
-    for op in _library.ops:
+    for op in _op.ops:
         assert op in out
-    for reason in _library.unavailable.values():
+    for reason in _loading.unavailable.values():
         assert reason in out
 
 
@@ -39,7 +39,7 @@ def test_verify_passes(few_rows, capsys):
 
 def test_verify_fails_on_a_wrong_kernel(few_rows, monkeypatch, capsys):
     backend = few_rows.op.backends["cpp"]
-    wrong = _library.Backend(lambda *a: [r * 1.0001 for r in backend.forward(*a)], backend.backward, backend.devices)
+    wrong = _backends.Backend(lambda *a: [r * 1.0001 for r in backend.forward(*a)], backend.backward, backend.devices)
     monkeypatch.setitem(few_rows.op.backends, "cpp", wrong)
     assert __main__.main(["verify"]) == 1
     assert "times the allowed" in capsys.readouterr().out
@@ -47,7 +47,7 @@ def test_verify_fails_on_a_wrong_kernel(few_rows, monkeypatch, capsys):
 
 def test_verify_fails_on_a_wrong_gradient(few_rows, monkeypatch, capsys):
     backend = few_rows.op.backends["cpp"]
-    wrong = _library.Backend(backend.forward, lambda *a: [r * 1.0001 for r in backend.backward(*a)], backend.devices)
+    wrong = _backends.Backend(backend.forward, lambda *a: [r * 1.0001 for r in backend.backward(*a)], backend.devices)
     monkeypatch.setitem(few_rows.op.backends, "cpp", wrong)
     assert __main__.main(["verify"]) == 1
     assert "grad_features: error" in capsys.readouterr().out
@@ -114,14 +114,14 @@ def test_an_interpreter_that_cannot_run_is_named(few_rows, monkeypatch, capsys):
         def __int__(self):
             raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
 
-    version = _library.np.__version__
-    monkeypatch.setattr(_library, "np", SimpleNamespace(zeros=lambda _: 0, __version__=version))
-    assert _library.interpreter_fault("3.6.0") is None
-    monkeypatch.setattr(_library, "np", SimpleNamespace(zeros=lambda _: Refused(), __version__=version))
-    assert _library.interpreter_fault("3.7.0") is None and _library.interpreter_fault("4.0") is None
-    fault = _library.interpreter_fault("3.6.0")
+    version = _loading.np.__version__
+    monkeypatch.setattr(_loading, "np", SimpleNamespace(zeros=lambda _: 0, __version__=version))
+    assert _loading.interpreter_fault("3.6.0") is None
+    monkeypatch.setattr(_loading, "np", SimpleNamespace(zeros=lambda _: Refused(), __version__=version))
+    assert _loading.interpreter_fault("3.7.0") is None and _loading.interpreter_fault("4.0") is None
+    fault = _loading.interpreter_fault("3.6.0")
     assert fault == f"the interpreter of Triton 3.6.0 does not run loops with NumPy {version}"
-    monkeypatch.setattr(_library, "interpreter_fault", lambda _: fault)
+    monkeypatch.setattr(_loading, "interpreter_fault", lambda _: fault)
     monkeypatch.setattr(__main__, "_verify_interpreted", lambda *_: (1, "of the other process"))
     assert __main__.main(["verify"]) == 0
     assert torch.cuda.is_available() or f"triton on the CPU: not run here ({fault})" in capsys.readouterr().out

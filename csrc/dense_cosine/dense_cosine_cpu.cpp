@@ -293,7 +293,7 @@ void check_index(const Tensor& grad, const Tensor& index, ScalarType dtype, cons
 }
 
 // What both backward ops share; `pairs` of one sample and shot at most. Gradients that are not wanted have 0 elements.
-std::tuple<Tensor, Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Tensor& query, const Tensor& support,
+std::tuple<Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Tensor& query, const Tensor& support,
                                             const Tensor& mask, const Tensor& query_norm, const Tensor& support_norm,
                                             double eps, const std::string& eps_mode, bool need_query,
                                             bool need_support) {
@@ -306,8 +306,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Ten
   STD_TORCH_CHECK(pairs < (int64_t(1) << 31), kOp, ": too many pairs");
   const Tensor grad_query = need_query ? empty_rows_like(query) : empty(query, {0}, dtype);
   const Tensor grad_support = need_support ? empty_rows_like(support) : empty(support, {0}, dtype);
-  const Tensor grad_mask = empty(mask, {0}, mask.scalar_type());
-  if (batch == 0 || !(need_query || need_support)) return {grad_query, grad_support, grad_mask};
+  if (batch == 0 || !(need_query || need_support)) return {grad_query, grad_support};
 
   const Rows query_rows = as_rows(query), support_rows = as_rows(support);
   const Tensor query_norms = torch::stable::contiguous(query_norm),
@@ -352,13 +351,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Ten
       }
     }
   });
-  return {grad_query, grad_support, grad_mask};
+  return {grad_query, grad_support};
 }
 
-std::tuple<Tensor, Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor query, Tensor support, Tensor mask,
+std::tuple<Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor query, Tensor support, Tensor mask,
                                                         Tensor index, Tensor query_norm, Tensor support_norm,
                                                         std::vector<int64_t> windows, Text, double eps, Text eps_mode,
-                                                        bool need_query, bool need_support, bool) {
+                                                        bool need_query, bool need_support) {
   check_inputs(query, support, mask, eps_mode);
   const std::vector<Window> list = check_windows(windows);
   const std::vector<int64_t> shape{support.size(0), int64_t(list.size()), query.size(2), query.size(3)};
@@ -373,11 +372,10 @@ std::tuple<Tensor, Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor quer
   return backward(a, pairs, query, support, mask, query_norm, support_norm, eps, eps_mode, need_query, need_support);
 }
 
-std::tuple<Tensor, Tensor, Tensor> dense_cosine_match_bwd(Tensor grad_query_scores, Tensor grad_support_scores,
+std::tuple<Tensor, Tensor> dense_cosine_match_bwd(Tensor grad_query_scores, Tensor grad_support_scores,
                                                           Tensor query, Tensor support, Tensor mask, Tensor query_index,
                                                           Tensor support_index, Tensor query_norm, Tensor support_norm,
-                                                          double eps, Text eps_mode, bool need_query, bool need_support,
-                                                          bool) {
+                                                          double eps, Text eps_mode, bool need_query, bool need_support) {
   check_inputs(query, support, mask, eps_mode);
   const int64_t nq = query.size(2) * query.size(3), ns = support.size(2) * support.size(3);
   const Tensor grad = torch::stable::contiguous(grad_query_scores), index = torch::stable::contiguous(query_index);

@@ -121,11 +121,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers q
 }
 
 // Gradients to queries and supports; one that is not asked for comes back with 0 elements, and so does the mask's.
-std::tuple<Layers, Layers, Tensor> hypercorrelation_bwd(Tensor grad, Layers queries, Layers supports, Tensor mask,
+std::tuple<Layers, Layers> hypercorrelation_bwd(Tensor grad, Layers queries, Layers supports, Tensor mask,
                                                         Tensor query_norms, Tensor support_norms, Tensor weights,
                                                         Tensor signs, double eps, Text eps_mode, bool clamp,
-                                                        std::vector<bool> need_queries, std::vector<bool> need_supports,
-                                                        bool) {
+                                                        std::vector<bool> need_queries, std::vector<bool> need_supports) {
   check_inputs(queries, supports, mask, eps_mode);
   const Tensor &query = queries[0], &support = supports[0];
   const ScalarType dtype = query.scalar_type(), accumulate = accumulate_dtype(dtype);
@@ -150,8 +149,7 @@ std::tuple<Layers, Layers, Tensor> hypercorrelation_bwd(Tensor grad, Layers quer
     grad_queries.push_back(need_queries[layer] ? empty_rows_like(queries[layer]) : empty(query, {0}, dtype));
     grad_supports.push_back(need_supports[layer] ? empty_rows_like(supports[layer]) : empty(query, {0}, dtype));
   }
-  const Tensor grad_mask = empty(mask, {0}, mask.scalar_type());
-  if (batch == 0) return {grad_queries, grad_supports, grad_mask};
+  if (batch == 0) return {grad_queries, grad_supports};
 
   const Tensor dense_grad = torch::stable::contiguous(grad), dense_signs = torch::stable::contiguous(signs);
   const Tensor dense_query_norms = torch::stable::contiguous(query_norms),
@@ -192,7 +190,7 @@ std::tuple<Layers, Layers, Tensor> hypercorrelation_bwd(Tensor grad, Layers quer
       });
     });
   }
-  return {grad_queries, grad_supports, grad_mask};
+  return {grad_queries, grad_supports};
 }
 
 }  // namespace

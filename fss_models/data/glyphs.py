@@ -23,7 +23,6 @@ FACES = (
     " DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic"
     " DejaVuSerif-BoldItalic STIXGeneral STIXGeneralItalic STIXGeneralBol STIXGeneralBolIta"
 ).split()
-VERSION = 2  # of the rendering: results of two versions do not compare
 _PIXELS = 96  # height of the cached bitmaps
 
 

@@ -23,7 +23,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 from tqdm.auto import tqdm
 
-from fss_kernels import _library, testing
+from fss_kernels import _backends, _loading, testing
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -70,7 +70,7 @@ def ends(spec: testing.Spec, few: bool) -> list[str]:
     failures = []
     for test, *arguments in tqdm(calls, desc=f"{spec.name}, ends"):
         try:
-            with _library.use_backend("cuda"):
+            with _backends.use_backend("cuda"):
                 test(*arguments)
         except AssertionError as error:
             failures.append(f"{test.__name__}{arguments[1:]}: {error}")
@@ -85,13 +85,13 @@ def emulate(spec: testing.Spec, library: Path, few: bool = False) -> list[str]:
     torch.ops.load_library(library)
     order = ctypes.CDLL(str(library)).emulated_order
     fwd, bwd = (getattr(torch.ops.fss_emulated, f"{spec.op.name}_{s}").default for s in ("fwd", "bwd"))
-    spec.op.backends["cuda"] = _library.Backend(fwd, bwd, ("cpu",))
-    _library.unavailable.pop("cuda", None)
+    spec.op.backends["cuda"] = _backends.Backend(fwd, bwd, ("cpu",))
+    _loading.unavailable.pop("cuda", None)
 
     def results(sample: testing.Sample, dtype: torch.dtype, layout: str) -> list[torch.Tensor]:
         tensors = {name: testing.LAYOUTS[layout](t) for name, t in spec.cast(sample, dtype).items()}
         wanted = testing.differentiable_names(spec, tensors)
-        with _library.use_backend("cuda"):
+        with _backends.use_backend("cuda"):
             outputs, grads = testing.gradients(spec.function, tensors, sample.options, wanted)
         return [*outputs, *grads]
 

@@ -1,13 +1,16 @@
 """Fuzzes the torch-free cores under sanitizers: out of bounds, undefined behaviour, data races, unwritten results.
 
-    python tests/cpp/sanitize_cores.py [op ...]        (make sanitize)
+    python tests/cpp/sanitize_cores.py [--out FILE] [op ...]        (make sanitize)
 
-Builds cores/<op>.cpp for every instruction set of this processor with address,undefined and, for the widest, thread,
-and runs new random cases; their values are compared with loops in double. A failure names the command that repeats it.
+Builds csrc/<op>/<op>_fuzz.cpp for every instruction set of this processor with address,undefined and, for the widest,
+thread, and runs new random cases; their values are compared with loops in double. A failure names the command that
+repeats it. --out writes what a run over all ops tried, as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CORES = Path(__file__).with_name("cores")
+HEADER = Path(__file__).with_name("fuzz.h")
 PROGRAMS = ROOT / "build" / "sanitize"
-OPS = sorted(path.stem for path in CORES.glob("*.cpp"))
+OPS = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_fuzz.cpp"))
 FLAGS = ["-std=c++17", "-O1", "-g1", "-ffp-contract=fast", "-Wno-psabi", "-pthread"]
 FLAGS += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # Scratch that a core allocates itself starts as NaN; a failure ends in SIGABRT, at which a program prints its case.
@@ -35,12 +38,14 @@ CASES = {"address,undefined": 2000, "thread": 1000}
 def build(op: str, isa: str, sanitizer: str, directory: Path = PROGRAMS, types: str = TYPES, root: Path = ROOT) -> Path:
     """The fuzzer of one op for one instruction set, of the cores under ``root``."""
     program = directory / f"{op}-{isa}-{sanitizer.split(',')[0]}"
-    sources = [*root.glob("csrc/**/*.h"), *CORES.iterdir()]
+    source = root / "csrc" / op / f"{op}_fuzz.cpp"
+    sources = [*root.glob("csrc/**/*.h"), HEADER, source]
     if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         return program
     directory.mkdir(parents=True, exist_ok=True)
-    own = [f"-DFUZZ_ISA={isa}", f"-DFUZZ_TYPES={types}", f"-I{root / 'csrc'}", f"-I{root / 'csrc' / 'common'}"]
-    command = ["c++", *FLAGS, f"-fsanitize={sanitizer}", *own, CORES / f"{op}.cpp", "-o", program]
+    own = [f"-DFUZZ_ISA={isa}", f"-DFUZZ_TYPES={types}"]
+    own += [f"-I{path}" for path in (root / "csrc", root / "csrc" / "common", HEADER.parent)]
+    command = ["c++", *FLAGS, f"-fsanitize={sanitizer}", *own, source, "-o", program]
     subprocess.run([*map(str, command)], check=True)
     return program
 
@@ -59,14 +64,20 @@ def fuzz(program: Path, seed: int, first: int, count: int) -> str | None:
     return f"{done.stdout}{done.stderr}{options} {' '.join(command)}: exit code {done.returncode}"
 
 
-def main(ops: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Fuzzes the named ops, or all."""
-    from fss_kernels import _library
+    from fss_kernels import _loading
 
-    sys.path.insert(0, str(ROOT))
-    from benchmarks import reliability
-
-    isas = [isa for isa in _library.supported_isas() if isa != "avx512_bf16"]  # its screen is part of avx512
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("ops", nargs="*", default=OPS, metavar="op")
+    parser.add_argument("--out", type=Path, help="where a run over all ops says what it tried")
+    chosen = parser.parse_args(arguments)
+    ops = chosen.ops
+    if unknown := sorted({*ops} - {*OPS}):
+        parser.error(f"no csrc/<op>/<op>_fuzz.cpp of {', '.join(unknown)}; there are {', '.join(OPS)}")
+    if chosen.out and {*ops} != {*OPS}:
+        parser.error("--out: only a run over all ops is written")
+    isas = [isa for isa in _loading.supported_isas() if isa != "avx512_bf16"]  # its screen is part of avx512
     seed = int(time.time())
     print(f"seed {seed}; exit code 1 after a failure")
     jobs = [(op, isa, "address,undefined") for op in ops for isa in isas] + [(op, isas[-1], "thread") for op in ops]
@@ -78,11 +89,12 @@ def main(ops: list[str]) -> int:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         failures = [failure for failure in pool.map(job, *zip(*jobs, strict=True)) if failure]
-    if ops == OPS:
+    if chosen.out:
         cases = [dict(zip(("op", "isa", "sanitizer"), j, strict=True), count=CASES[j[2]]) for j in jobs]
-        reliability.record("sanitize", {"seed": seed, "cases": cases, "failures": failures})
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps({"seed": seed, "cases": cases, "failures": failures}))
     return int(bool(failures))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or OPS))
+    sys.exit(main())

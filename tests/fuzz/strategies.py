@@ -1,4 +1,4 @@
-"""Hypothesis strategies: calls of every op with random shapes, strides, dtypes, masks, options and wanted gradients."""
+"""Hypothesis strategies: the random calls of every op (`ops/*/fuzz.py`) in random strides, dtypes and backends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fss_kernels import testing
-from fss_kernels._checks import MASK_DTYPES
+from fss_kernels._fuzz import Draw
 from fss_kernels.ops.masked_avg_pool.reference import resize_mask
 
 # `make fuzz` says how many examples a test has to try; a plain run tries few, always the same.
@@ -34,7 +34,8 @@ settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "few")
 BY_NAME = {spec.name: spec for spec in SPECS}
 WIDE = (torch.float32, torch.float64)
 NUDGE = 2.0**-20
-EPS = (1e-5, 1e-7, 0.25, 1.5)
+OPS = tuple(BY_NAME)
+COSINES = tuple(spec.name for spec in SPECS if spec.cosines is not None)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Case:
     grad_layout: Layout
     wanted: list[str]
     values: str
+    shared: tuple[str, ...]
     tensors: dict[str, Tensor] = field(repr=False)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -100,144 +102,6 @@ class Case:
         return self.spec.function(*tensors.values(), **{**self.options, **changed})
 
 
-def sizes(largest: int) -> st.SearchStrategy[int]:
-    """Mostly small."""
-    return st.one_of(st.integers(1, min(4, largest)), st.integers(1, largest))
-
-
-CHANNELS = st.one_of(st.integers(1, 9), st.integers(2, 40), st.sampled_from((64, 65, 96)))
-
-
-class Draw:
-    """What the ops' strategies share: a source of choices, and one of values that follows from a drawn seed."""
-
-    def __init__(self, draw: Any) -> None:
-        self.draw = draw
-        self.kind, self.power = draw(st.sampled_from(("normal", "relu"))), draw(st.sampled_from((0, -4, 4)))
-        self.seed = draw(st.integers(0, 2**32 - 1))
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def size(self, largest: int) -> int:
-        return self.draw(sizes(largest))
-
-    def grid(self, largest: int) -> tuple[int, int]:
-        return self.size(largest), self.size(largest)
-
-    def of(self, *choices: Any) -> Any:
-        return self.draw(st.sampled_from(choices))
-
-    def features(self, *shape: int, channels: int = 1) -> Tensor:
-        """Vectors along dimension ``channels``, none of them 0."""
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64) + 0.3
-        if self.kind == "relu":
-            x.clamp_(min=0)
-            x.select(channels, 0).add_(0.1)
-        return x * 2.0**self.power
-
-    def mask(self, *shape: int) -> Tensor:
-        """Any dtype that an op takes; float32 is the one that it computes in."""
-        u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
-        kind = self.of("soft", "binary", "ones", "zeros", "one")
-        mask = {
-            "soft": u + 0.1,
-            "binary": (u > 0.6).double(),
-            "ones": torch.ones_like(u),
-            "zeros": torch.zeros_like(u),
-            "one": (u.flatten(-2) == u.flatten(-2).amax(-1, keepdim=True)).view(shape).double(),
-        }[kind]
-        return mask.to(self.of(torch.float32, *MASK_DTYPES))
-
-    def normalisation(self, mask: Tensor | None, *channels: int) -> dict[str, Any]:
-        """eps and its mode: 0 only where the plain formula does not divide by it; of one channel the gradient is 0 but
-        for what a large eps that is added leaves of it."""
-        if 1 in channels:
-            return {"eps": 1.5 * 2.0**self.power, "eps_mode": "add"}
-        zero = (0.0,) if mask is None or bool((mask > 0).all()) else ()
-        return {"eps": self.of(*EPS, *zero), "eps_mode": self.of("clamp", "add")}
-
-
-def masked_avg_pool(d: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    batch, channels, grid = d.size(3), d.draw(CHANNELS), d.grid(20)
-    mask_grid = d.of(grid, d.grid(24))
-    masks = d.of((), (1,), (2,), (5,))
-    tensors = {"features": d.features(batch, channels, *grid), "mask": d.mask(batch, *masks, *mask_grid)}
-    resize, align_corners = d.of("bilinear", "nearest", "adjoint"), d.of(True, False)
-    return tensors, {"eps": d.of(0.0, 1e-5, 5e-4, 0.25), "resize": resize, "align_corners": align_corners}
-
-
-def prototype_cosine(d: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    batch, channels, count = d.size(3), d.draw(CHANNELS), d.of(1, 2, 3, 5, 12, 0)
-    sets = d.of((batch,), ())
-    tensors = {
-        "features": d.features(batch, channels, *d.grid(20)),
-        "prototypes": d.features(*sets, count, channels, channels=-1),
-    }
-    return tensors, {"scale": d.of(1.0, 20.0, -2.5, 0.0), **d.normalisation(None, channels)}
-
-
-def _dense(d: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    batch, channels, grid, support_grid = d.size(2), d.draw(CHANNELS), d.grid(9), d.grid(9)
-    shots = d.of((), (1,), (2,), (3,))
-    tensors = {
-        "query": d.features(batch, channels, *grid),
-        "support": d.features(batch, *shots, channels, *support_grid, channels=1 + len(shots)),
-    }
-    if d.of(True, False):
-        tensors["mask"] = d.mask(batch, *shots, *d.of(support_grid, d.grid(12)))
-    return tensors, d.normalisation(tensors.get("mask"), channels)
-
-
-def dense_cosine_max(d: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, options = _dense(d)
-    odd = st.sampled_from((1, 3, 5))
-    windows = d.draw(st.lists(st.tuples(odd, odd), min_size=1, max_size=3))
-    return tensors, {**options, "windows": tuple(windows), "masked": d.of("zero", "exclude")}
-
-
-def dense_cosine_match(d: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return _dense(d)
-
-
-def hypercorrelation(d: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    batch, levels = d.size(2), d.of(None, (1,), (2,), (1, 2), (3,))
-    queries, supports = [], []
-    for layers in levels or (1,):
-        grid, support_grid = d.grid(7), d.grid(9)
-        for _ in range(layers):
-            channels = d.draw(CHANNELS)
-            queries.append(d.features(batch, channels, *grid))
-            supports.append(d.features(batch, channels, *support_grid))
-    tensors = {f"query{i or ''}": q for i, q in enumerate(queries)}
-    tensors |= {f"support{i or ''}": s for i, s in enumerate(supports)}
-    if d.of(True, False):
-        tensors["mask"] = d.mask(batch, *d.of(tuple(supports[0].shape[2:]), d.grid(12)))
-    options = d.normalisation(tensors.get("mask"), *(q.shape[1] for q in queries))
-    return tensors, {**options, "clamp": d.of(True, False), **({"levels": levels} if levels else {})}
-
-
-def dynamic_conv2d(d: Draw) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    batch, channels, grid = d.size(3), d.draw(CHANNELS), d.grid(24)
-    odd = st.sampled_from((1, 3, 5, 7, 9))
-    kernels = d.draw(st.lists(st.tuples(odd, odd), min_size=1, max_size=4))
-    tensors = {"x": d.features(batch, channels, *grid)}
-    tensors |= {f"kernel{i}": d.features(batch, channels, *size) for i, size in enumerate(kernels)}
-    return tensors, {"merge": d.of(False, True)}
-
-
-OPS = {
-    f.__name__: f
-    for f in (
-        masked_avg_pool,
-        prototype_cosine,
-        dense_cosine_max,
-        dense_cosine_match,
-        hypercorrelation,
-        dynamic_conv2d,
-    )
-}
-
-
-COSINES = ("prototype_cosine", "dense_cosine_max", "dense_cosine_match", "hypercorrelation")
 EXAMPLES: Counter[str] = Counter()  # tried to the end, by op
 
 
@@ -262,7 +126,8 @@ def cases(
 ) -> Case:
     """Calls of an op; ``plain``: every tensor contiguous."""
     spec, d = BY_NAME[op], Draw(draw)
-    tensors, options = OPS[op](d)
+    call = testing.part(spec.op, "fuzz", op, "a function from a fss_kernels._fuzz.Draw to a random testing.Sample")(d)
+    tensors, options = dict(call.tensors), call.options
     dtype = d.of(*dtypes)
     arranged = {n: PLAIN if plain else draw(layouts()) for n in tensors}
     for name, layout in arranged.items():
@@ -282,7 +147,8 @@ def cases(
     shapes = {n: f"{str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items()}
     values = f"{d.kind} * 2^{d.power}, seed {d.seed}"
     grad_layout = PLAIN if plain else draw(layouts(repeat=False))
-    return Case(op, d.of(*backends), dtype, shapes, options, arranged, grad_layout, wanted, values, tensors)
+    backend = d.of(*backends)
+    return Case(op, backend, dtype, shapes, options, arranged, grad_layout, wanted, values, call.shared, tensors)
 
 
 def nudged(case: Case, sign: float, generator: torch.Generator) -> dict[str, Tensor]:
@@ -329,9 +195,9 @@ def assume_plain(case: Case) -> None:
     if resize == "adjoint":
         return
     align_corners = case.options.get("align_corners", True)
-    name = "features" if case.op == "masked_avg_pool" else "support"
-    grids = [t.shape[-2:] for n, t in case.tensors.items() if n.startswith(name)]
-    for grid in grids:
+    features = [n for n in case.tensors if n in case.spec.features]
+    masked = [n for n in features if n.startswith("support")] or features
+    for grid in {case.tensors[n].shape[-2:] for n in masked}:
         for dtype in WIDE:
             m = mask.to(dtype).reshape(-1, 1, *mask.shape[-2:])
             ours = resize_mask(m, *grid, resize, align_corners)

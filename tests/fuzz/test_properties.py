@@ -96,8 +96,7 @@ def test_batch_is_a_loop(op, data):
     """Every sample alone has the result and the gradients that it has in the batch, bit for bit on cpp."""
     case = data.draw(cases(op, BACKENDS, plain=True))
     batch = next(iter(case.tensors.values())).shape[0]
-    shared = [n for n in ("prototypes",) if n in case.tensors and case.tensors[n].ndim == 2]
-    wanted = [n for n in case.wanted if n not in shared]
+    wanted = [n for n in case.wanted if n not in case.shared]
 
     def run(tensors):
         leaves = {n: tensors[n].detach().requires_grad_() for n in wanted}
@@ -109,7 +108,7 @@ def test_batch_is_a_loop(op, data):
 
     together = run(case.tensors)
     for i in range(batch):
-        alone = run({n: t if n in shared else t[i : i + 1] for n, t in case.tensors.items()})
+        alone = run({n: t if n in case.shared else t[i : i + 1] for n, t in case.tensors.items()})
         for a, t in zip(alone, together, strict=True):
             if case.backend == "cpp":
                 assert torch.equal(a[0], t[i])
@@ -134,7 +133,7 @@ def test_values_that_are_not_finite(op, data):
     results = []
     for backend in BACKENDS:
         with fss_kernels.use_backend(backend):
-            if op.startswith("dense"):
+            if case.spec.indexed:
                 results.append(case.spec.public(*tensors.values(), **case.options))
             else:
                 out = case.run(**tensors)
@@ -146,7 +145,7 @@ def test_values_that_are_not_finite(op, data):
                 for sign in (1, -1):
                     assert torch.equal(got == sign * torch.inf, wanted == sign * torch.inf)
             close(*(torch.where(wanted.isfinite(), r, 0) for r in (got, wanted)))
-    for side in range(0, len(results[0]) if op.startswith("dense") else 0, 2):  # scores and their index
+    for side in range(0, len(results[0]) if case.spec.indexed else 0, 2):  # scores and their index
         unknown = results[1][side].isnan()
         assert torch.equal(*(r[side + 1][unknown] for r in results))
 
@@ -212,15 +211,11 @@ def test_cosines_are_within_1(op, data):
     changed = {}
     for ours, theirs in zip(names[: len(names) // 2], names[len(names) // 2 :], strict=True):
         vector, changed[theirs] = case.tensors[ours][0, :, 0, 0], case.tensors[theirs].clone()
-        vectors = changed[theirs] if theirs == "prototypes" else changed[theirs].movedim(-3, -1)
+        vectors = changed[theirs].movedim(case.spec.channel_dim.get(theirs, -3), -1)
         if vectors.numel():
             vectors[(0,) * (vectors.ndim - 1)] = 3 * vector
-    options = {
-        "prototype_cosine": {"scale": 1.0},
-        "dense_cosine_max": {"windows": (*case.options.get("windows", ()), (1, 1))},
-    }
     with fss_kernels.use_backend(case.backend):
-        out = case.run(**changed, eps=0.0, **options.get(op, {}))
+        out = case.run(**changed, eps=0.0, **case.spec.cosines(case.options))
     for o in out if isinstance(out, (list, tuple)) else [out]:
         assert bool((o.abs() <= 1 + 8 * torch.finfo(torch.float32).eps).all())  # exactly 1 in half precision
 
@@ -236,8 +231,8 @@ def test_cosines_ignore_the_length_of_vectors(op, data):
     for name in case.spec.features:
         if name in case.tensors:
             x = case.tensors[name]
-            axis = x.ndim - 1 if name == "prototypes" else x.ndim - 3
-            shape = [1 if i == axis else n for i, n in enumerate(x.shape)]
+            shape = list(x.shape)
+            shape[case.spec.channel_dim.get(name, -3)] = 1
             changed[name] = x * 2.0 ** torch.randint(-6, 7, shape, generator=generator)
     with fss_kernels.use_backend(case.backend):
         out, scaled = (case.run(eps=0.0, **c) for c in ({}, changed))

@@ -42,25 +42,23 @@ def pooled(features: torch.Tensor, mask: torch.Tensor, eps: float = 5e-4) -> tor
     return (features * mask[:, None]).sum((2, 3)) / (mask.sum((1, 2))[:, None] + eps)
 
 
-def foreground_tokens(features: torch.Tensor, weights: torch.Tensor, threshold: float = 0.5, columns: bool = False):
+def foreground_tokens(features: torch.Tensor, weights: torch.Tensor):
     """One sample: features (S, C, h, w), weights (S, h, w) to (N, C), pixel after pixel."""
-    if columns:
-        features, weights = features.mT, weights.mT
     shots, height, width = weights.shape
     return [
         features[s, :, y, x] * weights[s, y, x]
         for s in range(shots)
         for y in range(height)
         for x in range(width)
-        if weights[s, y, x] >= threshold
+        if weights[s, y, x] >= 0.5
     ]
 
 
-def token_bands(features, weights, fallback, bins: int, **rule) -> torch.Tensor:
+def token_bands(features, weights, fallback, bins: int) -> torch.Tensor:
     """(B, S, C, h, w), (B, S, h, w), (B, C) to (B, C, bins)."""
     result = []
     for f, w, p in zip(features, weights, fallback, strict=True):
-        tokens = foreground_tokens(f, w, **rule)
+        tokens = foreground_tokens(f, w)
         line = torch.stack(tokens, 1)[None] if tokens else p[None, :, None]
         result.append(F.adaptive_avg_pool1d(line, bins)[0])
     return torch.stack(result)
@@ -95,9 +93,9 @@ def residual(weights, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def dpcn_logits(weights, query, support, mask, windows=((5, 1), (3, 3), (1, 5)), size=5, dilations=(6, 12, 18)):
-    """DPCN's default head: stages of query (B, C, h, w) and support (B*S, C, h, w), mask (B, S, H, W) of 0 and 1.
+    """DPCN's head: stages of query (B, C, h, w) and support (B*S, C, h, w), mask (B, S, H, W) of 0 and 1.
 
-    ``windows=None``: the COCO setting.
+    ``windows=None``: the COCO setting. Without weights of FFM or DCM the network has none.
     """
     batch, shots = mask.shape[:2]
     x_q, x_s = reduce(weights, "down_query", query), reduce(weights, "down_support", support)
@@ -115,9 +113,12 @@ def dpcn_logits(weights, query, support, mask, windows=((5, 1), (3, 3), (1, 5)),
     acts = acts if acts.shape[2:] == grid else at_grid(acts, grid)
     p = torch.stack([pooled(x_s[:, s], m[:, s]) for s in range(shots)]).mean(0)
     x_p = p[..., None, None].repeat(1, 1, *grid)
-    m_0 = acts.mean(1, keepdim=True)
-    m_r = torch.sigmoid(conv(weights, "ffm.score", x_q * m_0 + x_p))
-    x_t = x_q * m_r + x_q
+    x_t, maps = x_q, [x_p, acts]
+    if "ffm.score.weight" in weights:
+        m_0 = acts.mean(1, keepdim=True)
+        m_r = torch.sigmoid(conv(weights, "ffm.score", x_q * m_0 + x_p))
+        x_t = x_q * m_r + x_q
+        maps.append(m_r)
     p_s = token_bands(x_s, m, p, size)
     p_s2 = F.adaptive_avg_pool1d(p_s, size * size)
 
@@ -125,11 +126,13 @@ def dpcn_logits(weights, query, support, mask, windows=((5, 1), (3, 3), (1, 5)),
         hidden = F.relu(conv(weights, f"dcm.generators.{name}.0", tokens))
         return conv(weights, f"dcm.generators.{name}.2", hidden)
 
-    vertical = generated("vertical", p_s)[..., None]
-    horizontal = generated("horizontal", p_s)[..., None, :]
-    square = generated("square", p_s2).reshape(batch, -1, size, size)
-    responses = [depthwise(x_t, k) for k in (vertical, horizontal, square)]
-    x = F.relu(conv(weights, "decoder.0.0", torch.cat([*responses, x_p, acts, m_r], 1)))
+    responses = [x_t]
+    if "dcm.generators.square.0.weight" in weights:
+        vertical = generated("vertical", p_s)[..., None]
+        horizontal = generated("horizontal", p_s)[..., None, :]
+        square = generated("square", p_s2).reshape(batch, -1, size, size)
+        responses = [depthwise(x_t, k) for k in (vertical, horizontal, square)]
+    x = F.relu(conv(weights, "decoder.0.0", torch.cat([*responses, *maps], 1)))
     views = [F.relu(conv(weights, "decoder.1.image.0", x.mean((2, 3), keepdim=True))).repeat(1, 1, *grid)]
     for i, dilation in enumerate((1, *dilations)):
         views.append(F.relu(conv(weights, f"decoder.1.views.{i}.0", x, dilation)))
@@ -137,12 +140,12 @@ def dpcn_logits(weights, query, support, mask, windows=((5, 1), (3, 3), (1, 5)),
     return classify(weights, "decoder.2", residual(weights, "decoder.1.refine", joined))
 
 
-def cycle(query, supports, masks, threshold: float = 0.5) -> torch.Tensor:
+def cycle(query, supports, masks) -> torch.Tensor:
     """Reliable query pixels (h*w), one sample: query (C, h, w), supports (S, C, h, w), masks (S, h, w), by loops."""
     reliable = torch.zeros(query[0].numel())
     for support, mask in zip(supports, masks, strict=True):
         corr = normalised(support.flatten(1), 0).T @ normalised(query.flatten(1), 0)  # N_s, N_q
-        foreground = mask.flatten() >= threshold
+        foreground = mask.flatten() >= 0.5
         for i in range(corr.shape[0]):
             j = int(corr[i].argmax())
             if foreground[i] and foreground[int(corr[:, j].argmax())]:

@@ -3,12 +3,11 @@
 import literal_models as literal
 import pytest
 import torch
-import torch.nn.functional as F
 from model_samples import balanced, episode, small, soft_mask, stages
 
 from fss_models import backbones, build, dpcn
-from fss_models.dpcn import DPCN, SupportActivation, bins_of, foreground_pixels, pooled_tokens
-from fss_models.losses import resized
+from fss_models.dpcn import DPCN, WINDOWS, SupportActivation, bins_of, pooled_tokens
+from fss_models.interpolation import resized
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -52,13 +51,11 @@ def test_parameter_counts():
         ({}, 4 * 8 + 4),
         (dpcn.PASCAL, 4 * 8 + 4),
         (dpcn.COCO, 4 * 8 + 2),
-        ({"sam": False, "prior_copies": 3}, 4 * 8 + 4),
-        ({"sam": False, "prior": False}, 4 * 8 + 1),
         ({"ffm": False}, 4 * 8 + 3),
         ({"dcm": False}, 2 * 8 + 4),
         ({"sam": False, "ffm": False, "dcm": False}, 2 * 8 + 1),
+        ({"kernels": ("vertical", "horizontal")}, 3 * 8 + 4),
         ({"kernels": ("square",)}, 2 * 8 + 4),
-        ({"windows": ((3, 3),)}, 4 * 8 + 2),
     ],
 )
 def test_decoder_width(options, width):
@@ -75,39 +72,25 @@ def test_decoder_width(options, width):
 @pytest.mark.parametrize("grid", [(7, 9), (6, 6)])
 @pytest.mark.parametrize("shots", [1, 3])
 def test_activation_is_the_literal_window_code(grid, shots):
-    windows = ((5, 1), (3, 3), (1, 5))
     query, support = randn(2, 5, *grid), randn(2 * shots, 5, *grid, seed=1)
     mask = soft_mask(2, shots)
-    sam = SupportActivation(windows, 1e-7, 1e-6, "min-max", "mean")
     weights, each = literal.at_grid(mask, grid), support.view(2, shots, 5, *grid)
     expected = torch.stack(
         [
             torch.stack([literal.window_activation(query, each[:, s], weights[:, s], w) for s in range(shots)]).mean(0)
-            for w in windows
+            for w in WINDOWS
         ],
         1,
     )
-    torch.testing.assert_close(sam(query, support, mask), expected)
-
-
-def test_activation_options():
-    query, support, mask = randn(2, 5, 7, 9), randn(6, 5, 7, 9, seed=1), soft_mask(2, 3)
-    weights, each = literal.at_grid(mask, (7, 9)), support.view(2, 3, 5, 7, 9)
-    shots = [literal.window_activation(query, each[:, s], weights[:, s], (3, 3)) for s in range(3)]
-    widest = SupportActivation(((3, 3),), 1e-7, 1e-6, "min-max", "max")(query, support, mask)
-    torch.testing.assert_close(widest[:, 0], torch.stack(shots).amax(0))
-    priors = [literal.prior(query, each[:, s], weights[:, s]) for s in range(3)]
-    prior = SupportActivation(None, 1e-7, 1e-6, "min-max", "mean")(query, support, mask)
-    torch.testing.assert_close(prior[:, 0], torch.stack(priors).mean(0))
-    raw = SupportActivation(None, 1e-7, 1e-6, "none", "mean")(query, support, mask)[:, 0]
-    unit = literal.normalised(each.flatten(3) * (weights.flatten(2)[:, :, None] > 0), 2)
-    cosines = torch.einsum("bsci,bcj->bsij", unit, literal.normalised(query.flatten(2), 1))
-    torch.testing.assert_close(raw.flatten(1), cosines.amax(2).mean(1))
+    assert WINDOWS == ((5, 1), (3, 3), (1, 5))
+    torch.testing.assert_close(SupportActivation(WINDOWS)(query, support, mask), expected)
+    priors = torch.stack([literal.prior(query, each[:, s], weights[:, s]) for s in range(shots)]).mean(0)
+    torch.testing.assert_close(SupportActivation(None)(query, support, mask)[:, 0], priors)
 
 
 def test_activation_of_half_precision_is_computed_in_float32():
     query, support, mask = randn(1, 5, 7, 9).bfloat16(), randn(1, 5, 7, 9, seed=1).bfloat16(), soft_mask(1, 1)
-    sam = SupportActivation(((3, 3),), 1e-7, 1e-6, "min-max", "mean")
+    sam = SupportActivation(((3, 3),))
     maps = sam(query, support, mask)
     assert maps.dtype == torch.float32
     torch.testing.assert_close(maps, sam(query.float(), support.float(), mask), rtol=0, atol=0)
@@ -116,10 +99,9 @@ def test_activation_of_half_precision_is_computed_in_float32():
 # ---- dynamic convolution --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["rows", "columns"])
 @pytest.mark.parametrize("bins", [5, 9, 25])
 @pytest.mark.parametrize("pixels", [0, 1, 2, 5, 23, 63, 120])
-def test_pooling_is_gather_and_adaptive_pooling(pixels, bins, order):
+def test_pooling_is_gather_and_adaptive_pooling(pixels, bins):
     """Any number of foreground pixels in two shots, fewer than bins and none as well."""
     shots, grid = 2, (7, 9)
     features = randn(3 * shots, 4, *grid)
@@ -128,40 +110,10 @@ def test_pooling_is_gather_and_adaptive_pooling(pixels, bins, order):
     weights = torch.where(places < pixels, 0.6 + weights, weights).view(3, shots, *grid)
     chosen = weights >= 0.5
     assert (chosen.flatten(1).sum(1) == pixels).all()
-    pooled = pooled_tokens(features, weights, bins_of(chosen, bins, order)).mT
+    pooled = pooled_tokens(features, weights, bins_of(chosen, bins)).mT
     each = features.view(3, shots, 4, *grid)
-    expected = literal.token_bands(each, weights, torch.zeros(3, 4).double(), bins, columns=order == "columns")
+    expected = literal.token_bands(each, weights, torch.zeros(3, 4).double(), bins)
     torch.testing.assert_close(pooled, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_maximum_pooling():
-    features, weights = randn(2, 4, 7, 9), randn(2, 1, 7, 9, seed=1).sigmoid()
-    chosen = weights >= 0.5
-    pooled = pooled_tokens(features, weights, bins_of(chosen, 5), "max")
-    for b in range(2):
-        line = torch.stack(literal.foreground_tokens(features[[b]], weights[b]), 1)
-        torch.testing.assert_close(pooled[b].T, F.adaptive_max_pool1d(line[None], 5)[0])
-    assert (pooled_tokens(features, weights, bins_of(chosen & False, 5), "max") == 0).all()
-
-
-def test_foreground_rules():
-    mask = torch.zeros(1, 1, 9, 9)
-    mask[..., 6:9, 2:7] = 1
-    weights = resized(mask, (4, 4))
-
-    def chosen(rule, threshold=0.5, empty="prototype", mask=mask, weights=weights):
-        return foreground_pixels(weights, mask, rule, threshold, empty)[0, 0]
-
-    assert torch.equal(chosen("threshold"), weights[0, 0] >= 0.5)
-    assert torch.equal(chosen("threshold", 0.9), weights[0, 0] >= 0.9)
-    assert torch.equal(chosen("positive"), weights[0, 0] > 0)
-    assert torch.equal(chosen("nearest"), F.interpolate(mask, (4, 4))[0, 0] > 0)
-    assert len({tuple(chosen(r).flatten().tolist()) for r in ("threshold", "positive", "nearest")}) == 3
-    thin = 0.4 * weights
-    assert not chosen("threshold", weights=thin).any()
-    peak = chosen("threshold", empty="peak", weights=thin)
-    assert peak.sum() == 1 and peak.flatten().nonzero() == thin.argmax()
-    assert torch.equal(chosen("threshold", empty="peak"), chosen("threshold"))
 
 
 def kernels_of(size=3, **options):
@@ -173,7 +125,7 @@ def kernels_of(size=3, **options):
 def test_generators_do_not_share_parameters_and_taps_are_in_order():
     dcm, support, weights, p = kernels_of(5)
     assert len({id(x) for g in dcm.generators.values() for x in g.parameters()}) == 12
-    vertical, horizontal, square = dcm.kernels(support, weights, weights, p)
+    vertical, horizontal, square = dcm.kernels(support, weights, p)
     assert [k.shape[2:] for k in (vertical, horizontal, square)] == [(5, 1), (1, 5), (5, 5)]
     tokens = literal.token_bands(support[:, None], weights, p, 5)
     generate = dcm.generators["square"]
@@ -189,49 +141,40 @@ def test_without_foreground_every_band_is_the_prototype():
     dcm, support, weights, _ = kernels_of(5)
     weights = weights * torch.tensor([0.4, 1.0])[:, None, None, None]
     p = literal.pooled(support, weights[:, 0])
-    bands = dcm.prototypes(support, weights, weights, p, 5)
+    bands = dcm.prototypes(support, weights, p, 5)
     torch.testing.assert_close(bands, literal.token_bands(support[:, None], weights, p, 5))
     torch.testing.assert_close(bands[0], p[0][:, None].expand(-1, 5))
 
 
 def test_square_from_the_foreground():
     dcm, support, weights, p = kernels_of(3, square_from="fg")
-    square = dcm.kernels(support, weights, weights, p)[2]
+    square = dcm.kernels(support, weights, p)[2]
     tokens = literal.token_bands(support[:, None], weights, p, 9)
     torch.testing.assert_close(square, dcm.generators["square"](tokens).view(2, 8, 3, 3))
-
-
-def test_padding():
-    dcm, support, weights, p = kernels_of(3, padding="replicate", kernels=("horizontal", "square"))
-    query = randn(2, 8, 6, 5, seed=4)
-    kernels = dcm.kernels(support, weights, weights, p)
-    padded = F.pad(query, (1, 1, 1, 1), mode="replicate")
-    expected = [literal.depthwise(padded, k)[..., 1:-1, 1:-1] for k in kernels]
-    torch.testing.assert_close(dcm(query, support, weights, weights, p), torch.cat(expected, 1))
-
-
-@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "tanh", "identity"])
-def test_generator_activation(activation):
-    dcm, support, weights, p = kernels_of(3, generator_activation=activation, generator_width=5, generator_kernel=3)
-    function = {"leaky_relu": F.leaky_relu, "gelu": F.gelu, "tanh": torch.tanh, "identity": lambda x: x}[activation]
-    tokens = literal.token_bands(support[:, None], weights, p, 3)
-    state = dcm.state_dict()
-    hidden = function(literal.conv(state, "generators.vertical.0", tokens))
-    assert hidden.shape[1] == 5
-    expected = literal.conv(state, "generators.vertical.2", hidden)
-    torch.testing.assert_close(dcm.kernels(support, weights, weights, p)[0][..., 0], expected)
 
 
 # ---- the whole network ----------------------------------------------------------------------------------------------
 
 
+SETTINGS = {
+    "pascal": {},
+    "coco": {"sam": False},
+    "without ffm": {"ffm": False},
+    "without dcm": {"dcm": False},
+    "baseline": {"sam": False, "ffm": False, "dcm": False},
+    "generators of 3": {"generator_kernel": 3},
+    "kernels of 7": {"kernel_size": 7},
+}
+
+
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("shots", [1, 3])
-@pytest.mark.parametrize("setting", ["pascal", "coco"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_head_is_the_specification(setting, shots, empty):
     """Logits and gradients of every parameter and stage, with a support mask that is empty as well."""
-    head = head_of(**({} if setting == "pascal" else {"sam": False}))
-    windows = ((5, 1), (3, 3), (1, 5)) if setting == "pascal" else None
+    options = SETTINGS[setting]
+    head = head_of(**options)
+    windows = ((5, 1), (3, 3), (1, 5)) if options.get("sam", True) else None
     query, support = stages(2, shots)
     mask = soft_mask(2, shots)
     if empty:
@@ -239,13 +182,16 @@ def test_head_is_the_specification(setting, shots, empty):
     inputs = [*query, *support, *head.parameters()]
     logits = head(query, support, mask)
     weights = dict(head.named_parameters())
-    expected = literal.dpcn_logits(weights, query, support, mask, windows, dilations=(1, 2))
+    expected = literal.dpcn_logits(
+        weights, query, support, mask, windows, size=options.get("kernel_size", 5), dilations=(1, 2)
+    )
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     if not empty:  # the literal min-max of a flat map has no use as a gradient
         probe = randn(*logits.shape, seed=9)
         got, want = (torch.autograd.grad(x, inputs, probe, allow_unused=True) for x in (logits, expected))
-        for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(torch.zeros(()) if g is None else g, torch.zeros(()) if w is None else w)
+        for x, g, w in zip(inputs, got, want, strict=True):
+            g, w = (torch.zeros_like(x) if d is None else d for d in (g, w))
+            torch.testing.assert_close(g, w)
 
 
 def test_masked_stage4():
@@ -301,33 +247,6 @@ def test_skipped_samples_count_as_zero():
     one = model.swapped_losses(query, support, e.mask, none)
     assert one[0] == 0 and both[0] > 0
     torch.testing.assert_close(one[1], both[1])
-
-
-def test_soft_and_attached_prediction():
-    e = episode().to(torch.float64)
-    hard, soft, attached = (
-        balanced(small("dpcn", torch.float64, **o), e)
-        for o in ({}, {"swap_mask": "soft"}, {"swap_mask": "soft", "swap_detach": False})
-    )
-    losses = [m.loss(*e) for m in (hard, soft, attached)]
-    assert losses[0] != losses[1] and losses[1] == losses[2]
-    models = zip(losses, (hard, soft, attached), strict=True)
-    gradients = [torch.autograd.grad(x, list(m.head.parameters())) for x, m in models]
-    assert gradients[1][0].isfinite().all() and gradients[2][0].isfinite().all()
-    assert not torch.allclose(gradients[1][0], gradients[2][0])
-    query, support = soft.encode(e.query, e.support)
-    probability = soft(*e[:3]).softmax(1)[:, 1].detach()
-    chosen = probability >= 0.5
-    assert 0 < chosen.double().mean() < 1
-    # what only selects takes the thresholded prediction, what averages the probabilities
-    x_s = soft.head.down_support(query)
-    seen = {}
-    soft.head.sam.register_forward_hook(lambda _, inputs, __: seen.update(sam=inputs[2]))
-    soft.head.dcm.register_forward_hook(lambda _, inputs, __: seen.update(prototype=inputs[4]))
-    soft.head(support, query, probability[:, None])
-    assert torch.equal(seen["sam"], chosen[:, None])
-    expected = literal.pooled(x_s, literal.at_grid(probability[:, None], x_s.shape[2:])[:, 0])
-    torch.testing.assert_close(seen["prototype"], expected)
 
 
 def test_what_trains():

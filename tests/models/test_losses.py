@@ -8,7 +8,8 @@ from torch import nn
 
 from fss_models import StepGuard, build, parameter_groups
 from fss_models.backbones import Tiny
-from fss_models.losses import resized, sample_losses, segmentation_loss
+from fss_models.interpolation import resized
+from fss_models.losses import sample_losses, segmentation_loss
 
 
 def case():

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -430,6 +431,21 @@ def test_bad_configurations(tmp_path: Path, change: dict, text: str) -> None:
     with pytest.raises(ConfigError, match=text) as caught:
         train(dataclasses.replace(config(tmp_path), **change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, option", [("dpcn", "swap_detach"), ("dpnet", "ccm")])
+def test_checkpoints_that_name_an_option_of_an_older_version(tmp_path: Path, name: str, option: str) -> None:
+    """The option is named, and so is the file; without the option the same weights load."""
+    file = tmp_path / "model.safetensors"
+    run = config(tmp_path, NETWORKS[name], name)
+    model = checkpoints.build_model(run.model)
+    checkpoints.write_weights(file, model, run, 1)
+    loaded, _, _ = checkpoints.load_model(file)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    run.model.options = {**NETWORKS[name], option: True}
+    checkpoints.write_weights(file, model, run, 1)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: model {name}: .* has no option '{option}'"):
+        checkpoints.load_model(file)
 
 
 # ---- unusable files in a long run

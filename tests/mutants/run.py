@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 import faults  # noqa: E402
 
 from benchmarks import environment, reliability  # noqa: E402
-from fss_kernels import _library  # noqa: E402
+from fss_kernels import _loading  # noqa: E402
 
 Fault = faults.Fault
 
@@ -66,7 +66,7 @@ def prepare(directory: str, compiled: bool) -> Path:
         setup.write_text(f'{before}"-O1"{after}')
         # of an op's variants the one that this processor runs
         header = copy / "csrc" / "common" / "each_isa.h"
-        own = f"::fss::{(_library.cpu_isa() or 'generic').partition('_')[0]}::__VA_ARGS__"
+        own = f"::fss::{(_loading.cpu_isa() or 'generic').partition('_')[0]}::__VA_ARGS__"
         header.write_text(re.sub(r"::fss::\w+::__VA_ARGS__", own, header.read_text()))
         build(copy)
     return copy
@@ -141,7 +141,7 @@ def failure(copy: Path, tests: list[str], processes: int = 0) -> str | None:
 
 def runs_here(fault: Fault) -> bool:
     """Whether this processor can run the faulty code."""
-    return fault.isa in (None, _library.cpu_isa())
+    return fault.isa in (None, _loading.cpu_isa())
 
 
 def planted_at(commit: str, op: str) -> list[Fault]:

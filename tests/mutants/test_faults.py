@@ -9,7 +9,7 @@ from fss_kernels import testing
 
 ALL = faults.load()
 LEAST = 10  # faults of an op
-FOLDERS = sorted({spec.op.folder or name for name, spec in testing.specs().items()})
+FOLDERS = sorted({spec.op.folder for name, spec in testing.specs().items()})
 
 
 def test_planted_faults_fit_the_sources():

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fss_kernels
-from benchmarks import measure
-from fss_kernels import dense_cosine_match, dense_cosine_max, testing
+from fss_kernels import _memory, dense_cosine_match, dense_cosine_max, testing
 from fss_kernels.ops.dense_cosine import reference
 
 BACKENDS = ["reference", "cpp"]
@@ -486,7 +485,7 @@ def test_channels_last_shots_are_not_copied(backend):
         [lambda x=x: dense_cosine_max(query, x) for x in leaves],
         [lambda x=x, y=y: torch.autograd.grad(y.sum(), x, retain_graph=True) for x, y in pairs],
     ):
-        assert measure.extra_bytes(strided) == measure.extra_bytes(dense)
+        assert _memory.extra_bytes(strided) == _memory.extra_bytes(dense)
 
 
 def test_indices_have_no_gradient(backend):
@@ -531,19 +530,6 @@ def test_many_channels(channels, windows):
             results.append([scores, index, *match, *torch.autograd.grad(loss, leaves)])
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), wanted.double(), rtol=0, atol=2e-6 * wanted.abs().max().item())
-
-
-def test_modules():
-    query, support, mask = torch.randn(2, 5, 4, 4), torch.randn(2, 3, 5, 6, 6), torch.rand(2, 3, 20, 20) > 0.8
-    options = {"windows": DPCN, "masked": "exclude", "eps": 0.1, "eps_mode": "add"}
-    module = fss_kernels.nn.DenseCosineMax(**options)
-    for a, b in zip(module(query, support, mask), dense_cosine_max(query, support, mask, **options), strict=True):
-        assert torch.equal(a, b)
-    assert not list(module.parameters()) and "masked='exclude', eps=0.1, eps_mode='add'" in repr(module)
-    match = fss_kernels.nn.DenseCosineMatch(eps=0.1, eps_mode="add")
-    wanted = dense_cosine_match(query, support, mask, eps=0.1, eps_mode="add")
-    for a, b in zip(match(query, support, mask), wanted, strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("channels", [16, 600])
@@ -593,4 +579,4 @@ def test_raw_ops_check_their_arguments():
         (scores, [saved[0] + 10, *saved[1:]]),
     ):
         with pytest.raises(RuntimeError, match="dense_cosine: "):
-            torch.ops.fss_cpp.dense_cosine_max_bwd(grad, query, support, mask, *statistics, *options, True, True, False)
+            torch.ops.fss_cpp.dense_cosine_max_bwd(grad, query, support, mask, *statistics, *options, True, True)

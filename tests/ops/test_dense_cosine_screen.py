@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fss_kernels
-from fss_kernels import _library, dense_cosine_match, dense_cosine_max
+from fss_kernels import _loading, dense_cosine_match, dense_cosine_max
 
 LEVELS = ["avx512", "avx512_bf16"]
 
@@ -135,7 +135,7 @@ def cases():
 
 def results():
     """Bits of scores and indices of both ops, of the maximum with every rule for the mask."""
-    found = {"level": [_library.cpu_isa()]}
+    found = {"level": [_loading.cpu_isa()]}
     for name, query, support, mask, options in cases():
         tensors = [
             *dense_cosine_max(query, support, mask, **options),
@@ -146,7 +146,7 @@ def results():
     return found
 
 
-@pytest.mark.skipif(LEVELS[1] not in _library.supported_isas(), reason="no AVX512-BF16")
+@pytest.mark.skipif(LEVELS[1] not in _loading.supported_isas(), reason="no AVX512-BF16")
 def test_screen_changes_no_bit(tmp_path):
     """Random, equal, close, smooth, extreme vectors; several chunks; blocks that give the screen up."""
     found = []

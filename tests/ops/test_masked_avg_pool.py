@@ -259,13 +259,6 @@ def test_readme_derivation_of_the_mask_gradient():
     torch.testing.assert_close((t - (r * t).sum() / d) / d, (g[:, None] * (x - p[:, None])).sum(0) / d)
 
 
-def test_module():
-    x, mask = torch.randn(2, 5, 8, 8), torch.rand(2, 20, 20)
-    module = fss_kernels.nn.MaskedAvgPool(eps=0.1, resize="adjoint", align_corners=False)
-    assert torch.equal(module(x, mask), masked_avg_pool(x, mask, eps=0.1, resize="adjoint", align_corners=False))
-    assert not list(module.parameters()) and "eps=0.1, resize='adjoint'" in repr(module)
-
-
 @pytest.mark.parametrize("total, eps", [(0.0, 1e-50), (-5e-4, 5e-4)])
 def test_vanishing_denominator(backend, total, eps):
     """What is 0 in float32 is 0 in every result, also where eps is not."""

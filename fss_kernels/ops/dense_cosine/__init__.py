@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fss_kernels import _checks
 from fss_kernels._cosine import EPS_MODES
-from fss_kernels._library import accumulate_dtype
+from fss_kernels._layout import accumulate_dtype
 from fss_kernels.ops.dense_cosine.op import call_match, call_max
 
 _QUERY = {4: "(B, C, Hq, Wq)"}

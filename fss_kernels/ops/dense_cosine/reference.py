@@ -9,14 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fss_kernels import _cosine
-from fss_kernels._library import accumulate_dtype
+from fss_kernels._layout import accumulate_dtype
 from fss_kernels.ops.hypercorrelation.reference import weights_of
 
 
@@ -215,20 +215,11 @@ def _grad_features(x: Tensor, norm: Tensor, toward: Tensor, eps: float, eps_mode
     return toward * inverse - along * x
 
 
-def grads_at(
-    grads: Sequence[Tensor],
-    query: Tensor,
-    support: Tensor,
-    query_norm: Tensor,
-    support_norm: Tensor,
-    pairs: Sequence[Pairs],
-    eps: float,
-    eps_mode: str,
-    need_query: bool,
-    need_support: bool,
-) -> tuple[Tensor, Tensor]:
+def grads_at(call: Any, grads: Sequence[Tensor], pairs: Sequence[Pairs]) -> tuple[Tensor, Tensor]:
     """Gradients to query and support from those of the maps (N, K): every pair adds each unit vector to the other."""
-    grad_query, grad_support, dtype = query.new_empty(0), support.new_empty(0), query_norm.dtype
+    query, support, query_norm, support_norm = call.query, call.support, call.query_norm, call.support_norm
+    eps, eps_mode, dtype = call.eps, call.eps_mode, query_norm.dtype
+    grad_query, grad_support = query.new_empty(0), support.new_empty(0)
     q, s = units_of(query, support, support_norm != 0, eps, eps_mode)
     to_q, to_s = torch.zeros_like(q.flatten(2)), torch.zeros_like(s.flatten(2))
     for p in pairs:
@@ -236,79 +227,37 @@ def grads_at(
         for total, at, units, other in ((to_q, p.query, s, p.support), (to_s, p.support, q, p.query)):
             terms = torch.where(p.counts[:, None], weight * _gathered(units, other), 0.0)
             total.scatter_add_(2, at[:, None].expand_as(terms), terms)
-    if need_query:
+    if call.need_query:
         shots = to_q.shape[0] // max(query.shape[0], 1)
         toward = to_q.view(query.shape[0], shots, *query.shape[1:]).sum(1)
         grad_query = _grad_features(query.to(dtype), query_norm, toward, eps, eps_mode).to(query.dtype)
-    if need_support:
+    if call.need_support:
         kept = torch.where((support_norm != 0)[:, None], support.to(dtype), 0.0)
         grad_support = _grad_features(kept, support_norm, to_s.view_as(s), eps, eps_mode).to(support.dtype)
     return grad_query, grad_support
 
 
-def dense_cosine_max_fwd(
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor,
-    windows: Sequence[int],
-    masked: str,
-    eps: float,
-    eps_mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dense_cosine_max_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward op: scores, indices, norms of query (B, Hq, Wq) and of kept support (N, Hs, Ws), 0 where dropped."""
-    scores, index = dense_cosine_max_reference(query, support, mask, windows, masked, eps, eps_mode)
+    query, support, mask = call.query, call.support, call.mask
+    scores, index = dense_cosine_max_reference(query, support, mask, call.windows, call.masked, call.eps, call.eps_mode)
     return scores, index, *norms_of(query, support, kept_pixels(mask, support))
 
 
-def dense_cosine_max_bwd(
-    grad: Tensor,
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor,
-    index: Tensor,
-    query_norm: Tensor,
-    support_norm: Tensor,
-    windows: Sequence[int],
-    masked: str,
-    eps: float,
-    eps_mode: str,
-    need_query: bool,
-    need_support: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward op, from the saved indices (README.md). The mask has no gradient."""
-    pairs = pairs_of_max(index, windows, support.shape[2:])
-    grads = grad.flatten(2).unbind(1)
-    norms = query_norm, support_norm
-    return *grads_at(grads, query, support, *norms, pairs, eps, eps_mode, need_query, need_support), mask.new_empty(0)
+def dense_cosine_max_bwd(call: Any) -> tuple[Tensor, Tensor]:
+    """The backward op, from the saved indices (README.md)."""
+    pairs = pairs_of_max(call.index, call.windows, call.support.shape[2:])
+    return grads_at(call, call.grad_scores.flatten(2).unbind(1), pairs)
 
 
-def dense_cosine_match_fwd(
-    query: Tensor, support: Tensor, mask: Tensor, eps: float, eps_mode: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dense_cosine_match_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op: scores and indices of query and support, norms as in `dense_cosine_max_fwd`."""
-    results = dense_cosine_match_reference(query, support, mask, eps, eps_mode)
+    query, support, mask = call.query, call.support, call.mask
+    results = dense_cosine_match_reference(query, support, mask, call.eps, call.eps_mode)
     return *results, *norms_of(query, support, kept_pixels(mask, support))
 
 
-def dense_cosine_match_bwd(
-    grad_query_scores: Tensor,
-    grad_support_scores: Tensor,
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor,
-    query_index: Tensor,
-    support_index: Tensor,
-    query_norm: Tensor,
-    support_norm: Tensor,
-    eps: float,
-    eps_mode: str,
-    need_query: bool,
-    need_support: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward op, from the saved indices. The mask has no gradient."""
-    pairs = pairs_of_match(query_index, support_index)
-    grads = grad_query_scores.flatten(1), grad_support_scores.flatten(1)
-    norms = query_norm, support_norm
-    return *grads_at(grads, query, support, *norms, pairs, eps, eps_mode, need_query, need_support), mask.new_empty(0)
+def dense_cosine_match_bwd(call: Any) -> tuple[Tensor, Tensor]:
+    """The backward op, from the saved indices."""
+    pairs = pairs_of_match(call.query_index, call.support_index)
+    return grads_at(call, (call.grad_query_scores.flatten(1), call.grad_support_scores.flatten(1)), pairs)

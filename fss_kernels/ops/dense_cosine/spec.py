@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fss_kernels import _library
+from fss_kernels import _loading
 from fss_kernels.ops.dense_cosine import dense_cosine_match, dense_cosine_max, reference
 from fss_kernels.ops.dense_cosine.op import match_op, max_op
 from fss_kernels.testing import A_FIFTH, BadInput, Cost, Sample, Spec, disc
@@ -312,7 +312,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype, match: bool = False) -> i
     windows = sample.options.get("windows", ((1, 1),))
     up, left = max(dh for dh, _ in windows) // 2, max(dw for _, dw in windows) // 2
     positions = -(-height * (width + left) // 48) * 48
-    screen = size == 4 and up + left == 0 and channels >= 64 and _library.cpu_isa() == "avx512_bf16"
+    screen = size == 4 and up + left == 0 and channels >= 64 and _loading.cpu_isa() == "avx512_bf16"
     chunk = -(-2 * support_width // 16) * 16 if up + left else ((2 + 2 * screen) << 20) // (channels * size) // 16 * 16
     chunk = min(-(-columns // 16) * 16, max(16, chunk))
     blocks = -(-positions // 48 // min(8, max(1, (384 << 10) // (48 * channels * (2 if screen else size)))))
@@ -329,10 +329,17 @@ _COMMON: dict[str, Any] = {
     "differentiable": ("query", "support"),
     "benchmark_sample": _benchmark_sample,
     "cost": _cost,
+    "counted": ("support", "mask"),
+    "indexed": True,
+    "units": {"grid": "pixels a side", "batch": "samples", "shots": "images", "foreground": "fraction"},
+    "computes": "best cosine of every query pixel with the masked support and where it is, for pixels or windows; both "
+    "directions at once",
+    "replaces": "PFENet's prior, DPCN's support activation, the cycle test of DPNet and CyCTR",
 }
 SPECS = {
     "dense_cosine_max": Spec(
         name="dense_cosine_max",
+        signature=("(query, support, mask=None, *, windows=((1, 1),), masked='zero', eps=1e-07, eps_mode='clamp')"),
         function=_max_scores,
         public=dense_cosine_max,
         op=max_op,
@@ -358,10 +365,12 @@ SPECS = {
             "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
         },
         scratch_bytes=_scratch_bytes,
+        cosines=lambda options: {"windows": (*options.get("windows", ()), (1, 1))},
         **_COMMON,
     ),
     "dense_cosine_match": Spec(
         name="dense_cosine_match",
+        signature="(query, support, mask=None, *, eps=1e-07, eps_mode='clamp')",
         function=_match_scores,
         public=dense_cosine_match,
         op=match_op,
@@ -374,6 +383,7 @@ SPECS = {
         base={"batch": 1, "channels": 512, "grid": 60},
         axes={"grid": (30, 45, 60, 90), "channels": (128, 256, 512, 1024, 2048)},
         scratch_bytes=functools.partial(_scratch_bytes, match=True),
+        cosines=lambda options: {},
         **_COMMON,
     ),
 }

@@ -37,7 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like, is_channels_last
+from fss_kernels._layout import empty_rows_like, is_channels_last
+from fss_kernels._loading import TRITON_INTERPRETED
 from fss_kernels.ops.masked_avg_pool.triton_kernels import _resized
 from fss_kernels.ops.prototype_cosine.triton_kernels import _inverse, _slope
 
@@ -567,25 +568,18 @@ def _finish(
     )  # fmt: skip
 
 
-def dense_cosine_max_fwd(
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor,
-    windows: Sequence[int],
-    masked: str,
-    eps: float,
-    eps_mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dense_cosine_max_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward op: scores, indices, norms of query (B, Hq, Wq) and of kept support (N, Hs, Ws), 0 where dropped."""
+    query, support, windows, eps = call.query, call.support, call.windows, call.eps
     count, (hq, wq), (hs, ws) = support.shape[0], query.shape[2:], support.shape[2:]
     pairs = list(zip(windows[::2], windows[1::2], strict=True))
     scores = query.new_empty((count, len(pairs), hq, wq))
     results = scores, scores.new_empty(scores.shape, dtype=torch.int64)
-    prepared = _prepare(query, support, mask)
+    prepared = _prepare(query, support, call.mask)
     norms = prepared.query_norm, prepared.support_norm
     if count == 0:
         return *results, *norms
-    add, exclude = eps_mode == "add", masked == "exclude"
+    add, exclude = call.eps_mode == "add", call.masked == "exclude"
     facts = [_facts(prepared.support_norm, prepared.kept, window, False, exclude) for window in pairs]
     per = 1, prepared.shots
     if pairs == [(1, 1)]:
@@ -624,18 +618,17 @@ def dense_cosine_max_fwd(
     return *results, *norms
 
 
-def dense_cosine_match_fwd(
-    query: Tensor, support: Tensor, mask: Tensor, eps: float, eps_mode: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dense_cosine_match_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op: scores and indices of query and support, norms as in `dense_cosine_max_fwd`."""
+    query, support = call.query, call.support
     count, shots = support.shape[0], support.shape[0] // max(query.shape[0], 1)
     shapes = [(count, *x.shape[2:]) for x in (query, support)]
     scores = [query.new_empty(shape) for shape in shapes]
     index = [query.new_empty(shape, dtype=torch.int64) for shape in shapes]
-    prepared = _prepare(query, support, mask)
+    prepared = _prepare(query, support, call.mask)
     query_norm, support_norm = prepared.query_norm, prepared.support_norm
     if count:
-        best, best_index, across, across_index = _best(prepared, True, eps, eps_mode == "add")
+        best, best_index, across, across_index = _best(prepared, True, call.eps, call.eps_mode == "add")
         of_support = _facts(support_norm, prepared.kept, (1, 1), False, True)
         of_query = _facts(query_norm, prepared.kept, (1, 1), True, False)
         before = prepared.before
@@ -682,31 +675,18 @@ def _grad_listed(
     return out
 
 
-def dense_cosine_max_bwd(
-    grad: Tensor,
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor,
-    index: Tensor,
-    query_norm: Tensor,
-    support_norm: Tensor,
-    windows: Sequence[int],
-    masked: str,
-    eps: float,
-    eps_mode: str,
-    need_query: bool,
-    need_support: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward op, from the saved indices. The mask has no gradient."""
+def dense_cosine_max_bwd(call: Any) -> tuple[Tensor, Tensor]:
+    """The backward op, from the saved indices."""
+    grad, query, support, index = call.grad_scores, call.query, call.support, call.index
+    query_norm, support_norm, windows, eps = call.query_norm, call.support_norm, call.windows, call.eps
     (batch, channels, *query_grid), count = query.shape, support.shape[0]
-    grad_query = empty_rows_like(query) if need_query else query.new_empty(0)
-    grad_support, grad_mask = support.new_empty(0), mask.new_empty(0)
+    grad_query = empty_rows_like(query) if call.need_query else query.new_empty(0)
+    grad_support = support.new_empty(0)
     if count == 0:
-        return grad_query.zero_(), empty_rows_like(support) if need_support else grad_support, grad_mask
+        return grad_query.zero_(), empty_rows_like(support) if call.need_support else grad_support
     grad, index, query_norm, support_norm = (t.contiguous() for t in (grad, index, query_norm, support_norm))
-    shots, outputs, add = count // batch, len(windows) // 2, eps_mode == "add"
-    if need_query:
+    shots, outputs, add = count // batch, len(windows) // 2, call.eps_mode == "add"
+    if call.need_query:
         own, other = _even(query), _even(support)
         tile = GATHER_TILES[other.strides[1] == 1 and channels > 1]
         pixels = query_norm.shape[1:].numel()
@@ -718,43 +698,30 @@ def dense_cosine_max_bwd(
                 *own.strides, *other.strides, *_even(grad_query).strides, tuple(windows), eps, shots, channels,
                 *query_grid, *support.shape[2:], L=outputs, WRITE=write, ADD=add, **tile,
             )  # fmt: skip
-    if need_support:
+    if call.need_support:
         maps = grad.flatten(2).unbind(1), index.flatten(2).unbind(1), zip(windows[::2], windows[1::2], strict=True)
         scores = [(*of_window, False) for of_window in zip(*maps, strict=True)]
         grad_support = _grad_listed(support, support_norm, query, query_norm, scores, eps, add)
-    return grad_query, grad_support, grad_mask
+    return grad_query, grad_support
 
 
-def dense_cosine_match_bwd(
-    grad_query_scores: Tensor,
-    grad_support_scores: Tensor,
-    query: Tensor,
-    support: Tensor,
-    mask: Tensor,
-    query_index: Tensor,
-    support_index: Tensor,
-    query_norm: Tensor,
-    support_norm: Tensor,
-    eps: float,
-    eps_mode: str,
-    need_query: bool,
-    need_support: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward op, from the saved indices. The mask has no gradient."""
-    grad_query, grad_support, grad_mask = query.new_empty(0), support.new_empty(0), mask.new_empty(0)
+def dense_cosine_match_bwd(call: Any) -> tuple[Tensor, Tensor]:
+    """The backward op, from the saved indices."""
+    query, support, query_norm, support_norm = call.query, call.support, call.query_norm, call.support_norm
+    eps = call.eps
+    grad_query, grad_support = query.new_empty(0), support.new_empty(0)
     if support.shape[0] == 0:
-        grad_query = empty_rows_like(query).zero_() if need_query else grad_query
-        return grad_query, empty_rows_like(support) if need_support else grad_support, grad_mask
-    query_norm, support_norm, add = query_norm.contiguous(), support_norm.contiguous(), eps_mode == "add"
+        grad_query = empty_rows_like(query).zero_() if call.need_query else grad_query
+        return grad_query, empty_rows_like(support) if call.need_support else grad_support
+    query_norm, support_norm, add = query_norm.contiguous(), support_norm.contiguous(), call.eps_mode == "add"
     of_query, of_support = (
         (grad.contiguous().flatten(1), index.contiguous().flatten(1), (1, 1))
-        for grad, index in ((grad_query_scores, query_index), (grad_support_scores, support_index))
+        for grad, index in ((call.grad_query_scores, call.query_index), (call.grad_support_scores, call.support_index))
     )
-    if need_query:
+    if call.need_query:
         scores = [(*of_query, True), (*of_support, False)]
         grad_query = _grad_listed(query, query_norm, support, support_norm, scores, eps, add)
-    if need_support:
+    if call.need_support:
         scores = [(*of_query, False), (*of_support, True)]
         grad_support = _grad_listed(support, support_norm, query, query_norm, scores, eps, add)
-    return grad_query, grad_support, grad_mask
+    return grad_query, grad_support

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fss_kernels import _library
+from fss_kernels._layout import accumulate_dtype
 
 
 def _branch(x: Tensor, kernel: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def _branch(x: Tensor, kernel: Tensor) -> Tensor:
 
 def dynamic_conv2d_reference(x: Tensor, kernels: Sequence[Tensor], merge: bool) -> Tensor:
     """(B, C, H, W) and (B, C, kh, kw) each -> (B, L*C, H, W), or their sum (B, C, H, W)."""
-    dtype = _library.accumulate_dtype(x)
+    dtype = accumulate_dtype(x)
     branches = [_branch(x.to(dtype), k.to(dtype)) for k in kernels]
     return (sum(branches[1:], branches[0]) if merge else torch.cat(branches, 1)).to(x.dtype)
 
@@ -41,7 +42,7 @@ def tap_positions(sizes: Sequence[tuple[int, int]], merge: bool) -> list[list[tu
 
 def gather_taps(kernels: Sequence[Tensor], merge: bool) -> Tensor:
     """The kernels as (B, C, T), one value a tap of `tap_positions`, added where merged kernels overlap."""
-    flat = [k.to(_library.accumulate_dtype(k)).flatten(2) for k in kernels]
+    flat = [k.to(accumulate_dtype(k)).flatten(2) for k in kernels]
     if not merge:
         return torch.cat(flat, 2)
     sizes = [(k.shape[2], k.shape[3]) for k in kernels]
@@ -64,27 +65,21 @@ def scatter_taps(taps: Tensor, kernels: Sequence[Tensor], merge: bool) -> list[T
     return [p.reshape(k.shape).to(k.dtype) for p, k in zip(parts, kernels, strict=True)]
 
 
-def dynamic_conv2d_fwd(x: Tensor, kernels: Sequence[Tensor], merge: bool) -> tuple[Tensor, Tensor]:
+def dynamic_conv2d_fwd(call: Any) -> tuple[Tensor, Tensor]:
     """The forward op: outputs, and the kernels as taps (B, C, T) in the accumulation dtype."""
-    return dynamic_conv2d_reference(x, kernels, merge), gather_taps(kernels, merge)
+    kernels, merge = call.kernels, call.merge
+    return dynamic_conv2d_reference(call.x, kernels, merge), gather_taps(kernels, merge)
 
 
-def dynamic_conv2d_bwd(
-    grad: Tensor,
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    taps: Tensor,
-    merge: bool,
-    need_x: bool,
-    need_kernels: Sequence[bool],
-) -> tuple[Tensor, list[Tensor]]:
+def dynamic_conv2d_bwd(call: Any) -> tuple[Tensor, list[Tensor]]:
     """The backward op: grad_x[n] = sum_t k_t g[n - t] over all outputs, grad_k_t = sum_n g[n] x[n + t]."""
+    x, kernels, taps, merge = call.x, call.kernels, call.taps, call.merge
     height, width = x.shape[2:]
     outputs = tap_positions([(k.shape[2], k.shape[3]) for k in kernels], merge)
     reach = 4
     halo = (reach,) * 4
-    grads = F.pad(grad.to(taps.dtype), halo).chunk(len(outputs), 1)
-    values = F.pad(x.to(taps.dtype), halo) if any(need_kernels) else x
+    grads = F.pad(call.grad_out.to(taps.dtype), halo).chunk(len(outputs), 1)
+    values = F.pad(x.to(taps.dtype), halo) if any(call.need_kernels) else x
     grad_x, grad_taps, t = torch.zeros_like(x, dtype=taps.dtype), torch.zeros_like(taps), 0
 
     def shifted(padded: Tensor, row: int, column: int) -> Tensor:
@@ -93,13 +88,13 @@ def dynamic_conv2d_bwd(
 
     for positions, g in zip(outputs, grads, strict=True):
         for row, column in positions:
-            if need_x:
+            if call.need_x:
                 grad_x += taps[:, :, t, None, None] * shifted(g, -row, -column)
-            if any(need_kernels):
+            if any(call.need_kernels):
                 grad_taps[:, :, t] = (shifted(g, 0, 0) * shifted(values, row, column)).sum((2, 3))
             t += 1
     grad_kernels = scatter_taps(grad_taps, kernels, merge)
     return (
-        grad_x.to(x.dtype) if need_x else x.new_empty(0),
-        [g if need else g.new_empty(0) for g, need in zip(grad_kernels, need_kernels, strict=True)],
+        grad_x.to(x.dtype) if call.need_x else x.new_empty(0),
+        [g if need else g.new_empty(0) for g, need in zip(grad_kernels, call.need_kernels, strict=True)],
     )

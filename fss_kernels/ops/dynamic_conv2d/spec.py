@@ -162,6 +162,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
 
 SPEC = Spec(
     name="dynamic_conv2d",
+    signature="(x, kernels, *, merge=False)",
     function=_function,
     public=dynamic_conv2d,
     op=op,
@@ -185,6 +186,9 @@ SPEC = Spec(
     },
     base={"batch": 4, "channels": 256, "grid": 60},
     axes={"grid": (30, 45, 60, 90, 128), "channels": (128, 256, 512, 1024), "batch": (1, 2, 4, 8)},
+    units={"grid": "pixels a side", "batch": "samples"},
+    computes="depthwise convolution, every sample with its own kernels, several branches at once",
+    replaces="DPCN's dynamic convolution, grouped `F.conv2d` over batch x channels",
     benchmark_sample=_benchmark_sample,
     wanted={"forward+kernel gradients": _KERNELS},
     static=dict.fromkeys(_KERNELS, (2, 3)),

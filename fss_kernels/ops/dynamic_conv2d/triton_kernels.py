@@ -17,13 +17,15 @@ Legend: B batch, C channels, (H, W) grid, T taps of all outputs, (dy, dx) offset
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like, is_channels_last
+from fss_kernels._layout import empty_rows_like, is_channels_last
+from fss_kernels._loading import TRITON_INTERPRETED
 from fss_kernels.ops.dynamic_conv2d.reference import tap_positions
 
 BRANCHES = 3  # kernels, or outputs, that one launch takes
@@ -336,10 +338,11 @@ def _tiles(table: dict[str, tuple[int, int]], x: Tensor) -> tuple[tuple[int, int
     return grid, {"BLOCK_C": block_c, "BLOCK_N": block_n}
 
 
-def dynamic_conv2d_fwd(x: Tensor, kernels: Sequence[Tensor], merge: bool) -> tuple[Tensor, Tensor]:
+def dynamic_conv2d_fwd(call: Any) -> tuple[Tensor, Tensor]:
     """The forward op: outputs (B, L*C, H, W) in the memory format of x, and the kernels as taps (B, C, T)."""
+    x, kernels = call.x, call.kernels
     batch, channels, height, width = x.shape
-    plan = _Plan(kernels, merge)
+    plan = _Plan(kernels, call.merge)
     out = empty_rows_like(x, len(plan.outputs) * channels)
     taps = x.new_empty((batch, channels, plan.taps), dtype=torch.float32)
     if batch == 0:
@@ -360,25 +363,18 @@ def dynamic_conv2d_fwd(x: Tensor, kernels: Sequence[Tensor], merge: bool) -> tup
     return out, taps
 
 
-def dynamic_conv2d_bwd(
-    grad: Tensor,
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    taps: Tensor,
-    merge: bool,
-    need_x: bool,
-    need_kernels: Sequence[bool],
-) -> tuple[Tensor, list[Tensor]]:
+def dynamic_conv2d_bwd(call: Any) -> tuple[Tensor, list[Tensor]]:
     """The backward op: gradients to x and every kernel, empty where not needed."""
+    grad, x, kernels, taps, merge = call.grad_out, call.x, call.kernels, call.taps, call.merge
     batch, channels, height, width = x.shape
     plan = _Plan(kernels, merge)
     rows, sizes = batch * channels, (channels, height, width, plan.taps)
-    grad_x = empty_rows_like(x) if need_x else x.new_empty(0)
-    grad_kernels = [k.new_empty(k.shape if need else 0) for k, need in zip(kernels, need_kernels, strict=True)]
-    wanted = [i for i, need in enumerate(need_kernels) if need]
+    grad_x = empty_rows_like(x) if call.need_x else x.new_empty(0)
+    grad_kernels = [k.new_empty(k.shape if need else 0) for k, need in zip(kernels, call.need_kernels, strict=True)]
+    wanted = [i for i, need in enumerate(call.need_kernels) if need]
     if batch == 0:
         return grad_x, grad_kernels
-    if need_x:
+    if call.need_x:
         taps = taps.contiguous()
         groups = list(plan.groups(range(len(plan.outputs))))
         partial = torch.empty_like(grad_x, dtype=torch.float32) if len(groups) > 1 else grad_x

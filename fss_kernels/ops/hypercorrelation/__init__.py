@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fss_kernels import _checks
-from fss_kernels._library import accumulate_dtype
+from fss_kernels._layout import accumulate_dtype
 from fss_kernels.ops.hypercorrelation.op import call
 
 _FEATURES = {4: "(B, C, H, W)"}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fss_kernels._library import accumulate_dtype
+from fss_kernels._layout import accumulate_dtype
 from fss_kernels.ops.masked_avg_pool.reference import resize_mask
 
 
@@ -78,16 +79,15 @@ def unpack_bits(bits: Tensor, size: int) -> Tensor:
     return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :size].bool()
 
 
-def hypercorrelation_fwd(
-    queries: Sequence[Tensor], supports: Sequence[Tensor], mask: Tensor, eps: float, eps_mode: str, clamp: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def hypercorrelation_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op: the correlation (B, L, Ha, Wa, Hb, Wb), norms of queries (L, B, Ha, Wa) and weighted supports
     (L, B, Hb, Wb), the resized mask (B, Hb, Wb), and where the correlation is above 0 or NaN as bits
     (L, B, Ha*Wa, ceil(Hb*Wb / 8))."""
+    queries, supports, mask, clamp = call.queries, call.supports, call.mask, call.clamp
     dtype = accumulate_dtype(queries[0])
     wide_queries, wide_supports = ([x.to(dtype) for x in xs] for xs in (queries, supports))
     weights = weights_of(mask, supports[0])
-    correlation = correlate_level(wide_queries, wide_supports, weights, eps, eps_mode, clamp)
+    correlation = correlate_level(wide_queries, wide_supports, weights, call.eps, call.eps_mode, clamp)
     signs = mask.new_empty((len(queries), *queries[0].shape[:1], queries[0].shape[2:].numel(), 0), dtype=torch.uint8)
     if clamp:
         flags = ~(correlation.flatten(4).flatten(2, 3) <= 0)
@@ -109,38 +109,24 @@ def _grad_normalised(g: Tensor, x: Tensor, n: Tensor, eps: float, eps_mode: str)
     return torch.where(n == 0, 0.0, g / denominator - along)
 
 
-def hypercorrelation_bwd(
-    grad: Tensor,
-    queries: Sequence[Tensor],
-    supports: Sequence[Tensor],
-    mask: Tensor,
-    query_norms: Tensor,
-    support_norms: Tensor,
-    weights: Tensor,
-    signs: Tensor,
-    eps: float,
-    eps_mode: str,
-    clamp: bool,
-    need_queries: Sequence[bool],
-    need_supports: Sequence[bool],
-    need_mask: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The backward op: two products with the output's gradient, through the normalisation. The mask has no gradient."""
+def hypercorrelation_bwd(call: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The backward op: two products with the output's gradient, through the normalisation."""
+    queries, weights, eps, eps_mode = call.queries, call.weights, call.eps, call.eps_mode
     dtype = accumulate_dtype(queries[0])
     grad_queries, grad_supports = [], []
-    for layer, (query, support) in enumerate(zip(queries, supports, strict=True)):
+    for layer, (query, support) in enumerate(zip(queries, call.supports, strict=True)):
         grad_query, grad_support = query.new_empty(0), support.new_empty(0)
-        q, s, g = query.to(dtype), weigh(support.to(dtype), weights), grad[:, layer].to(dtype)
-        if clamp:
-            live = unpack_bits(signs[layer], support.shape[2:].numel()).view(g.shape)
+        q, s, g = query.to(dtype), weigh(support.to(dtype), weights), call.grad_correlation[:, layer].to(dtype)
+        if call.clamp:
+            live = unpack_bits(call.signs[layer], support.shape[2:].numel()).view(g.shape)
             g = torch.where(live, g, 0.0)
-        if need_queries[layer]:
+        if call.need_queries[layer]:
             d = torch.einsum("bhwyx,bcyx->bchw", g, normalise(s, eps, eps_mode))
-            grad_query = _grad_normalised(d, q, query_norms[layer], eps, eps_mode).to(query.dtype)
-        if need_supports[layer]:
+            grad_query = _grad_normalised(d, q, call.query_norms[layer], eps, eps_mode).to(query.dtype)
+        if call.need_supports[layer]:
             d = torch.einsum("bhwyx,bchw->bcyx", g, normalise(q, eps, eps_mode))
-            d = _grad_normalised(d, s, support_norms[layer], eps, eps_mode)
+            d = _grad_normalised(d, s, call.support_norms[layer], eps, eps_mode)
             grad_support = weigh(d, weights).to(support.dtype)
         grad_queries.append(grad_query)
         grad_supports.append(grad_support)
-    return grad_queries, grad_supports, mask.new_empty(0)
+    return grad_queries, grad_supports

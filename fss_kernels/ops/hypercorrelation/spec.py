@@ -256,6 +256,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
 
 SPEC = Spec(
     name="hypercorrelation",
+    signature="(query, support, mask=None, *, eps=1e-05, eps_mode='add', clamp=True)",
     function=_function,
     public=hypercorrelation,
     op=op,
@@ -284,7 +285,12 @@ SPEC = Spec(
         "batch": (1, 2, 4, 8),
         "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
     },
+    units={"grid": "pixels a side", "batch": "samples", "foreground": "fraction"},
+    computes="cosine of every query with every support pixel, masked, clamped, kept; all layers straight into one "
+    "tensor a level",
+    replaces="HSNet's and VAT's correlation",
     benchmark_sample=_benchmark_sample,
     cost=_cost,
     scratch_bytes=_scratch_bytes,
+    cosines=lambda options: {},
 )

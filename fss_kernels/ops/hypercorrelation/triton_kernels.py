@@ -20,13 +20,15 @@ as (B, N, C), else (B, C, N).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like, is_channels_last
+from fss_kernels._layout import empty_rows_like, is_channels_last
+from fss_kernels._loading import TRITON_INTERPRETED
 from fss_kernels.ops.masked_avg_pool.triton_kernels import _resized
 
 TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}  # float32: more depth spills
@@ -198,10 +200,9 @@ def _stored_alike(tensors: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
     return [t.contiguous(memory_format=memory_format) for t in tensors], last
 
 
-def hypercorrelation_fwd(
-    queries: Sequence[Tensor], supports: Sequence[Tensor], mask: Tensor, eps: float, eps_mode: str, clamp: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def hypercorrelation_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward op: the correlation of a level, norms, the resized mask, the signs. One launch."""
+    queries, supports, mask, clamp = call.queries, call.supports, call.mask, call.clamp
     query, layers = queries[0], len(queries)
     batch, (ha, wa), (hb, wb) = query.shape[0], query.shape[2:], supports[0].shape[2:]
     rows, columns = ha * wa, hb * wb
@@ -220,40 +221,27 @@ def hypercorrelation_fwd(
     level_kernel[grid](
         tuple(dense_queries), tuple(dense_supports), tuple(q.shape[1] for q in queries),
         mask, out, query_norms, support_norms, weights, signs, *mask.stride(),
-        eps, batch, *mask.shape[1:], hb, wb, rows, columns, row_bytes,
-        LAYERS=layers, QUERY_LAST=query_last, SUPPORT_LAST=support_last, ADD=eps_mode == "add", CLAMP=clamp,
+        call.eps, batch, *mask.shape[1:], hb, wb, rows, columns, row_bytes,
+        LAYERS=layers, QUERY_LAST=query_last, SUPPORT_LAST=support_last, ADD=call.eps_mode == "add", CLAMP=clamp,
         WIDEN=WIDEN, **tile,
     )  # fmt: skip
     return out, query_norms, support_norms, weights, signs
 
 
-def hypercorrelation_bwd(
-    grad: Tensor,
-    queries: Sequence[Tensor],
-    supports: Sequence[Tensor],
-    mask: Tensor,
-    query_norms: Tensor,
-    support_norms: Tensor,
-    weights: Tensor,
-    signs: Tensor,
-    eps: float,
-    eps_mode: str,
-    clamp: bool,
-    need_queries: Sequence[bool],
-    need_supports: Sequence[bool],
-    need_mask: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The backward op: gradients to queries and supports, empty where not needed; the mask has none."""
+def hypercorrelation_bwd(call: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The backward op: gradients to queries and supports, empty where not needed."""
+    grad, queries, supports, eps = call.grad_correlation, call.queries, call.supports, call.eps
+    query_norms, support_norms, weights, signs = call.query_norms, call.support_norms, call.weights, call.signs
     grads = [
         [empty_rows_like(x) if need else x.new_empty(0) for x, need in zip(xs, needs, strict=True)]
-        for xs, needs in ((queries, need_queries), (supports, need_supports))
+        for xs, needs in ((queries, call.need_queries), (supports, call.need_supports))
     ]
     batch, columns = queries[0].shape[0], supports[0].shape[2:].numel()
     if batch == 0:
-        return grads[0], grads[1], mask.new_empty(0)
+        return grads[0], grads[1]
     grad, signs, weights = grad.contiguous(), signs.contiguous(), weights.contiguous()
     query_norms, support_norms = query_norms.contiguous(), support_norms.contiguous()
-    add = eps_mode == "add"
+    add = call.eps_mode == "add"
     for layer, (query, support) in enumerate(zip(queries, supports, strict=True)):
         sides = (
             (True, grads[0][layer], query, query_norms[layer], support, support_norms[layer]),
@@ -269,10 +257,10 @@ def hypercorrelation_bwd(
             product_kernel[grid](
                 dense_other, other_norms, weights, grad[:, layer], signs[layer], sums, grad.stride(0), eps,
                 channels, pixels, depth, (columns + 7) // 8,
-                OF_QUERY=of_query, LAST=other_last, ADD=add, CLAMP=clamp, **PRODUCT_TILE,
+                OF_QUERY=of_query, LAST=other_last, ADD=add, CLAMP=call.clamp, **PRODUCT_TILE,
             )  # fmt: skip
             finish_kernel[(triton.cdiv(pixels, 32), batch)](
                 dense, norms, weights, sums, out, eps, channels, pixels,
                 WEIGHTED=not of_query, LAST=last, ADD=add, BLOCK_C=32, BLOCK_N=32,
             )  # fmt: skip
-    return grads[0], grads[1], mask.new_empty(0)
+    return grads[0], grads[1]

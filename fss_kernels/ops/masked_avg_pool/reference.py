@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fss_kernels._library import accumulate_dtype
+from fss_kernels._layout import accumulate_dtype
 
 
 def interpolation_matrix(source: int, target: int, resize: str, align_corners: bool, like: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def resize_mask(mask: Tensor, height: int, width: int, resize: str, align_corner
 
 def masked_avg_pool_reference(features: Tensor, mask: Tensor, eps: float, resize: str, align_corners: bool) -> Tensor:
     """(B, C, H, W), (B, M, h, w) -> (B, M, C)."""
-    return masked_avg_pool_fwd(features, mask, eps, resize, align_corners)[0]
+    return _pool(features, mask, eps, resize, align_corners)[0]
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -53,10 +55,14 @@ def _counted(features: Tensor, resized: Tensor) -> Tensor:
     return torch.where((resized == 0)[:, None] & ~features.isfinite(), 0.0, features)
 
 
-def masked_avg_pool_fwd(
+def masked_avg_pool_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op: pooled (B, M, C), resized mask (B, M, H, W), its area (B, M)."""
+    return _pool(call.features, call.mask, call.eps, call.resize, call.align_corners)
+
+
+def _pool(
     features: Tensor, mask: Tensor, eps: float, resize: str, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward op: pooled (B, M, C), resized mask (B, M, H, W), its area (B, M)."""
     dtype = accumulate_dtype(features)
     x = features.to(dtype)
     resized = resize_mask(mask.to(dtype), features.shape[-2], features.shape[-1], resize, align_corners)
@@ -66,25 +72,16 @@ def masked_avg_pool_fwd(
     return pooled.to(features.dtype), resized, area
 
 
-def masked_avg_pool_bwd(
-    grad: Tensor,
-    features: Tensor,
-    mask: Tensor,
-    resized: Tensor,
-    area: Tensor,
-    eps: float,
-    resize: str,
-    align_corners: bool,
-    need_features: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor]:
+def masked_avg_pool_bwd(call: Any) -> tuple[Tensor, Tensor]:
     """The backward op: dL/dx = sum_m g_m r_m / d_m and dL/dr = (t - sum(r t) / d) / d with t = sum_c g_c x_c."""
+    features, mask, resized = call.features, call.mask, call.resized
+    resize, align_corners = call.resize, call.align_corners
     grad_features, grad_mask = features.new_empty(0), mask.new_empty(0)
-    denominator = area[..., None] + eps
-    g = _divide(grad.to(resized.dtype), denominator)
-    if need_features:
+    denominator = call.area[..., None] + call.eps
+    g = _divide(call.grad_prototypes.to(resized.dtype), denominator)
+    if call.need_features:
         grad_features = torch.einsum("bmc,bmhw->bchw", g, resized).to(features.dtype)
-    if need_mask:
+    if call.need_mask:
         x = features.to(resized.dtype)
         moments = [(_counted(x, r) * g[:, m, :, None, None]).sum(1) for m, r in enumerate(resized.unbind(1))]  # t / d
         t = torch.stack(moments, 1) if moments else torch.zeros_like(resized)

@@ -163,6 +163,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
 
 SPEC = Spec(
     name="masked_avg_pool",
+    signature="(features, mask, *, eps=0.0005, resize='bilinear', align_corners=True)",
     function=masked_avg_pool,
     op=op,
     reference=_reference,
@@ -193,7 +194,11 @@ SPEC = Spec(
         "batch": (1, 2, 4, 8, 20),
         "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
     },
+    units={"grid": "pixels a side", "batch": "samples", "foreground": "fraction"},
+    computes="prototype under each mask, any mask size",
+    replaces='"Weighted GAP", PANet\'s pooling at image size',
     benchmark_sample=_benchmark_sample,
     cost=_cost,
     scratch_bytes=_scratch_bytes,
+    counted=("mask",),
 )

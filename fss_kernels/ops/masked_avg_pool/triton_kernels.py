@@ -12,12 +12,15 @@ Legend: B batch, M masks, C channels, N pixels, (SH, SW) source grid, (TH, TW) t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fss_kernels._library import TRITON_INTERPRETED, accumulate_dtype, empty_rows_like
+from fss_kernels._layout import accumulate_dtype, empty_rows_like
+from fss_kernels._loading import TRITON_INTERPRETED
 
 MASKS = 4  # masks that share one read of the features
 PIECE = 1024  # pixels of one partial sum
@@ -250,10 +253,9 @@ def _resize(source: Tensor, target: Tensor, nearest: bool, align_corners: bool, 
     transposed_axis_kernel[(triton.cdiv(size, BLOCK),)](rows, target, *arguments, **options)
 
 
-def masked_avg_pool_fwd(
-    features: Tensor, mask: Tensor, eps: float, resize: str, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def masked_avg_pool_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op: pooled (B, M, C), resized mask (B, M, H, W), its area (B, M)."""
+    features, mask, resize = call.features, call.mask, call.resize
     batch, channels, height, width = features.shape
     masks, pixels = mask.shape[1], height * width
     dtype = accumulate_dtype(features)
@@ -263,7 +265,7 @@ def masked_avg_pool_fwd(
     area = features.new_empty((batch, masks), dtype=dtype)
     if pooled.numel() == 0:
         return pooled, resized, area
-    _resize(mask, resized, resize == "nearest", align_corners, resize == "adjoint")
+    _resize(mask, resized, resize == "nearest", call.align_corners, resize == "adjoint")
     area_kernel[(batch * masks,)](resized, area, pixels, ACC=acc, BLOCK=1024)
     pieces = triton.cdiv(pixels, PIECE)
     partial = features.new_empty((pieces, batch, masks, channels), dtype=dtype)
@@ -276,33 +278,24 @@ def masked_avg_pool_fwd(
     )  # fmt: skip
     size = pooled.numel()
     finish_pool_kernel[(triton.cdiv(size, 256),)](
-        partial, area, pooled, eps, size, channels, pieces, ACC=acc, BLOCK=256
+        partial, area, pooled, call.eps, size, channels, pieces, ACC=acc, BLOCK=256
     )
     return pooled, resized, area
 
 
-def masked_avg_pool_bwd(
-    grad: Tensor,
-    features: Tensor,
-    mask: Tensor,
-    resized: Tensor,
-    area: Tensor,
-    eps: float,
-    resize: str,
-    align_corners: bool,
-    need_features: bool,
-    need_mask: bool,
-) -> tuple[Tensor, Tensor]:
+def masked_avg_pool_bwd(call: Any) -> tuple[Tensor, Tensor]:
     """The backward op: gradients to features and mask, empty where not needed."""
+    grad, features, mask, resized = call.grad_prototypes, call.features, call.mask, call.resized
+    area, eps, resize = call.area, call.eps, call.resize
     batch, channels, height, width = features.shape
     masks, pixels = mask.shape[1], height * width
     acc = _ACC[accumulate_dtype(features)]
     grad, resized, area = grad.contiguous(), resized.contiguous(), area.contiguous()
-    grad_features = empty_rows_like(features) if need_features else features.new_empty(0)
-    grad_mask = mask.new_empty(mask.shape) if need_mask else mask.new_empty(0)
+    grad_features = empty_rows_like(features) if call.need_features else features.new_empty(0)
+    grad_mask = mask.new_empty(mask.shape) if call.need_mask else mask.new_empty(0)
     if batch * masks == 0:
         return grad_features.zero_(), grad_mask
-    if need_features:
+    if call.need_features:
         stride_n = grad_features.stride(3) if width > 1 else grad_features.stride(2)
         by_channel = grad_features.stride(1) == 1 and channels > 1
         block_c, block_n = (128, 16) if by_channel else (8, 256)
@@ -311,7 +304,7 @@ def masked_avg_pool_bwd(
             grad, resized, area, grad_features, grad_features.stride(1), stride_n, eps, masks, channels, pixels,
             ACC=acc, BLOCK_C=block_c, BLOCK_N=block_n,
         )  # fmt: skip
-    if need_mask:
+    if call.need_mask:
         moments = torch.empty_like(resized)
         shared = min(MASKS, triton.next_power_of_2(masks))
         grid = (triton.cdiv(pixels, 64), batch * triton.cdiv(masks, shared))
@@ -320,5 +313,5 @@ def masked_avg_pool_bwd(
             ACC=acc, MASKS=shared, BLOCK_C=16, BLOCK_N=64,
         )  # fmt: skip
         grad_weights_kernel[(batch * masks,)](moments, resized, area, eps, pixels, BLOCK=1024)
-        _resize(moments, grad_mask, resize == "nearest", align_corners, resize != "adjoint")
+        _resize(moments, grad_mask, resize == "nearest", call.align_corners, resize != "adjoint")
     return grad_features, grad_mask

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fss_kernels import _cosine
-from fss_kernels._library import accumulate_dtype
+from fss_kernels._layout import accumulate_dtype
 
 
 def prototype_cosine_reference(features: Tensor, prototypes: Tensor, scale: float, eps: float, eps_mode: str) -> Tensor:
@@ -17,42 +19,32 @@ def prototype_cosine_reference(features: Tensor, prototypes: Tensor, scale: floa
     return (scale * torch.einsum("bchw,bpc->bphw", x, w)).to(features.dtype)
 
 
-def prototype_cosine_fwd(
-    features: Tensor, prototypes: Tensor, scale: float, eps: float, eps_mode: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def prototype_cosine_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op: scores (B, P, H, W), the cosines before scaling and rounding, norms of the pixels (B, H, W)."""
+    features, eps, eps_mode = call.features, call.eps, call.eps_mode
     dtype = accumulate_dtype(features)
-    x, w = features.to(dtype), prototypes.to(dtype)
+    x, w = features.to(dtype), call.prototypes.to(dtype)
     norms = x.square().sum(1).sqrt()
     units = w * _cosine.inverse(w.square().sum(2).sqrt(), eps, eps_mode)[..., None]
     dots = torch.einsum("bchw,bpc->bphw", x, units.expand(x.shape[0], -1, -1))
     cosines = dots * _cosine.inverse(norms, eps, eps_mode)[:, None]
-    return (scale * cosines).to(features.dtype).contiguous(), cosines.contiguous(), norms
+    return (call.scale * cosines).to(features.dtype).contiguous(), cosines.contiguous(), norms
 
 
-def prototype_cosine_bwd(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    scale: float,
-    eps: float,
-    eps_mode: str,
-    need_features: bool,
-    need_prototypes: bool,
-) -> tuple[Tensor, Tensor]:
+def prototype_cosine_bwd(call: Any) -> tuple[Tensor, Tensor]:
     """The backward op: the gradient at a normalised vector, minus its part along the vector (README.md)."""
+    features, prototypes, norms = call.features, call.prototypes, call.norms
+    scale, eps, eps_mode = call.scale, call.eps, call.eps_mode
     grad_features, grad_prototypes = features.new_empty(0), prototypes.new_empty(0)
-    x, w, g = (t.to(norms.dtype) for t in (features, prototypes, grad))
+    x, w, g = (t.to(norms.dtype) for t in (features, prototypes, call.grad_scores))
     w_norms = w.square().sum(2).sqrt()
     w_inverse = _cosine.inverse(w_norms, eps, eps_mode)[..., None]
     k = scale * g * _cosine.inverse(norms, eps, eps_mode)[:, None]
-    if need_features:
+    if call.need_features:
         toward = torch.einsum("bphw,bpc->bchw", k, (w * w_inverse).expand(x.shape[0], -1, -1))
-        along = scale * (g * cosines).sum(1) * _cosine.slope(norms, eps, eps_mode)
+        along = scale * (g * call.cosines).sum(1) * _cosine.slope(norms, eps, eps_mode)
         grad_features = (toward - along[:, None] * x).to(features.dtype)
-    if need_prototypes:
+    if call.need_prototypes:
         sums = [(x * k_p[:, None]).sum((2, 3)) for k_p in k.unbind(1)]  # pairwise: a matrix product loses digits
         toward = torch.stack(sums, 1) if sums else x.new_zeros(x.shape[0], 0, x.shape[1])
         if prototypes.shape[0] != features.shape[0]:  # shared by the batch

@@ -134,6 +134,7 @@ def _scratch_bytes(sample: Sample, dtype: torch.dtype) -> int:
 
 SPEC = Spec(
     name="prototype_cosine",
+    signature="(features, prototypes, *, scale=1.0, eps=1e-08, eps_mode='clamp')",
     function=prototype_cosine,
     op=op,
     reference=_reference,
@@ -156,7 +157,13 @@ SPEC = Spec(
         "batch": (1, 2, 4, 8),
         "prototypes": (1, 2, 5, 10),
     },
+    units={"grid": "pixels a side", "batch": "samples"},
+    computes="cosine of every pixel with every prototype",
+    replaces="`F.cosine_similarity` with broadcast prototypes, normalise + einsum",
     benchmark_sample=_benchmark_sample,
     cost=_cost,
     scratch_bytes=_scratch_bytes,
+    counted=("prototypes",),
+    channel_dim={"prototypes": -1},
+    cosines=lambda options: {"scale": 1.0},
 )

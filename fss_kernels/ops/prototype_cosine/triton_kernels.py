@@ -14,12 +14,14 @@ Legend: B batch, G sets of prototypes (B, or 1 for all samples), P prototypes, C
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fss_kernels._library import accumulate_dtype, empty_rows_like
+from fss_kernels._layout import accumulate_dtype, empty_rows_like
 
 PROTOTYPES = 4  # prototypes that share one read of the features
 PIECE = 1024  # pixels of one partial sum
@@ -205,12 +207,11 @@ def _shared(prototypes: int) -> int:
     return min(PROTOTYPES, triton.next_power_of_2(prototypes))
 
 
-def prototype_cosine_fwd(
-    features: Tensor, prototypes: Tensor, scale: float, eps: float, eps_mode: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def prototype_cosine_fwd(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op: scores (B, P, H, W), cosines (B, P, H, W), norms (B, H, W)."""
+    features, prototypes, eps = call.features, call.prototypes, call.eps
     batch, channels, height, width = features.shape
-    count, pixels, add = prototypes.shape[1], height * width, eps_mode == "add"
+    count, pixels, add = prototypes.shape[1], height * width, call.eps_mode == "add"
     dtype = accumulate_dtype(features)
     scores = features.new_empty(batch, count, height, width)
     cosines = features.new_empty((batch, count, height, width), dtype=dtype)
@@ -223,37 +224,28 @@ def prototype_cosine_fwd(
     block_c, block_n = (64, 16) if by_channel else (16, 64)
     grid = (triton.cdiv(pixels, block_n), batch * triton.cdiv(count, shared))
     scores_kernel[grid](
-        features, units, scores, cosines, norms, *features.stride(), stride_set, scale, eps,
+        features, units, scores, cosines, norms, *features.stride(), stride_set, call.scale, eps,
         count, channels, pixels, width,
         ADD=add, ACC=_ACC[dtype], PROTOTYPES=shared, BLOCK_C=block_c, BLOCK_N=block_n,
     )  # fmt: skip
     return scores, cosines, norms
 
 
-def prototype_cosine_bwd(
-    grad: Tensor,
-    features: Tensor,
-    prototypes: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    scale: float,
-    eps: float,
-    eps_mode: str,
-    need_features: bool,
-    need_prototypes: bool,
-) -> tuple[Tensor, Tensor]:
+def prototype_cosine_bwd(call: Any) -> tuple[Tensor, Tensor]:
     """The backward op: gradients to features and prototypes, empty where not needed."""
+    grad, features, prototypes, cosines = call.grad_scores, call.features, call.prototypes, call.cosines
+    norms, scale, eps = call.norms, call.scale, call.eps
     batch, channels, height, width = features.shape
     sets, count, _ = prototypes.shape
-    pixels, add = height * width, eps_mode == "add"
+    pixels, add = height * width, call.eps_mode == "add"
     dtype = accumulate_dtype(features)
     acc = _ACC[dtype]
-    grad_features = empty_rows_like(features) if need_features else features.new_empty(0)
-    grad_prototypes = prototypes.new_empty(prototypes.shape) if need_prototypes else prototypes.new_empty(0)
+    grad_features = empty_rows_like(features) if call.need_features else features.new_empty(0)
+    grad_prototypes = prototypes.new_empty(prototypes.shape) if call.need_prototypes else prototypes.new_empty(0)
     if batch * count == 0:
         return grad_features.zero_(), grad_prototypes.zero_()
     grad, cosines, norms, prototypes = (t.contiguous() for t in (grad, cosines, norms, prototypes))
-    if need_features:
+    if call.need_features:
         units, stride_set = _units(prototypes, eps, add)
         stride_n = grad_features.stride(3) if width > 1 else grad_features.stride(2)
         by_channel = grad_features.stride(1) == 1 and channels > 1
@@ -264,7 +256,7 @@ def prototype_cosine_bwd(
             grad_features.stride(1), stride_n, scale, eps, count, channels, pixels, width,
             ADD=add, ACC=acc, BLOCK_C=block_c, BLOCK_N=block_n,
         )  # fmt: skip
-    if need_prototypes:
+    if call.need_prototypes:
         pieces = triton.cdiv(pixels, PIECE)
         partial = features.new_empty((batch, pieces, count, channels), dtype=dtype)
         shared = _shared(count)

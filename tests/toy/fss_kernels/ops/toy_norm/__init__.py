@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from fss_kernels.ops.toy_norm.op import call
 from torch import Tensor
 
 from fss_kernels import _checks
-from fss_kernels.ops.toy_norm.op import call
 
 _NAME = "toy_norm"
 
@@ -29,8 +29,8 @@ def toy_norm(features: Tensor, gain: Tensor, *, eps: float = 1e-5) -> Tensor:
     Cost: 2*B*C*H*W elements moved; extra memory B*H*W floats, which the backward uses.
 
     Raises:
-        TypeError: ``features`` or ``gain`` is no tensor, has an unsupported dtype or another one than the other; ``eps``
-            is no number.
+        TypeError: ``features`` or ``gain`` is no tensor or has an unsupported dtype; their dtypes differ; ``eps`` is no
+            number.
         ValueError: wrong rank, different batch sizes, channels or devices, no channels or pixels, negative or infinite
             ``eps``.
 
