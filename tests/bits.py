@@ -1,6 +1,7 @@
 """Compares the bits that two versions of the kernels compute on this machine.
 
-    python tests/bits.py BASE [HEAD] [--allow FILE] [--ops OP ...] [--backends ...] [--values] [--trees FOLDER]
+    python tests/bits.py BASE [HEAD] [--allow FILE] [--values] [--trees FOLDER]
+                         [--ops OP ...] [--samples PATTERN ...] [--backends BACKEND ...]
 
 BASE and HEAD (the default is the commit HEAD) are commits, or folders that hold the project. Each is copied and its CPU
 library built. Then processes of one thread call every op on every sample of its spec, dtype and backend (the reference,
@@ -107,7 +108,9 @@ def results_of(spec: Any, tensors: dict[str, torch.Tensor], options: dict[str, A
     return found
 
 
-def work(backend: str, ops: Sequence[str], kept: set[Key]) -> Iterator[tuple[Key, str, torch.Tensor | None]]:
+def work(
+    backend: str, ops: Sequence[str], samples: Sequence[str], kept: set[Key]
+) -> Iterator[tuple[Key, str, torch.Tensor | None]]:
     """The hash of every tensor of a backend, and the tensor itself where it is to be kept."""
     import fss_kernels
     from fss_kernels import testing
@@ -115,6 +118,8 @@ def work(backend: str, ops: Sequence[str], kept: set[Key]) -> Iterator[tuple[Key
     torch.set_num_threads(1)
     for op, spec in testing.specs().items():
         for sample in spec.samples() if not ops or op in ops else ():
+            if not any(fnmatch.fnmatchcase(sample.id, pattern) for pattern in samples):
+                continue
             if backend == "triton" and max(t.numel() for t in sample.tensors.values()) > INTERPRETED:
                 continue
             for dtype in DTYPES:
@@ -138,7 +143,7 @@ def worker(request: dict[str, Any]) -> None:
     """Writes what `work` yields."""
     kept = {Key(*key) for key in request["kept"]}
     bits, values = [], []
-    for key, found, tensor in work(request["backend"], request["ops"], kept):
+    for key, found, tensor in work(request["backend"], request["ops"], request["samples"], kept):
         bits.append([*key, found])
         if tensor is not None:
             values.append((tuple(key), tensor))
@@ -182,12 +187,21 @@ def variables(tree: Path, backend: str = "reference") -> dict[str, str]:
     return own | ({"FSS_KERNELS_CPU_ISA": isa} if isa else {}) | ({"TRITON_INTERPRET": "1"} if name == "triton" else {})
 
 
-def run(tree: Path, backend: str, ops: Sequence[str], kept: Iterable[Key] = ()) -> tuple[Bits, dict[Key, torch.Tensor]]:
+@dataclass(frozen=True)
+class Calls:
+    """Which calls to make: all where nothing is named."""
+
+    ops: Sequence[str] = ()
+    samples: Sequence[str] = ("*",)  # shell patterns
+    backends: Sequence[str] = BACKENDS
+
+
+def run(tree: Path, backend: str, calls: Calls, kept: Iterable[Key] = ()) -> tuple[Bits, dict[Key, torch.Tensor]]:
     """The bits of a backend in a tree, and the values of the tensors to keep."""
     with tempfile.TemporaryDirectory() as out:
-        request = Path(out, "request.json")
-        request.write_text(json.dumps({"backend": backend, "ops": list(ops), "kept": list(kept), "out": out}))
-        command = [sys.executable, __file__, "--worker", str(request)]
+        request = {"backend": backend, "ops": [*calls.ops], "samples": [*calls.samples], "kept": [*kept], "out": out}
+        Path(out, "request.json").write_text(json.dumps(request))
+        command = [sys.executable, __file__, "--worker", str(Path(out, "request.json"))]
         done = subprocess.run(command, cwd=tree, env=variables(tree, backend), capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"bits: {backend} in {tree}:\n{done.stderr[-4000:]}")
@@ -196,13 +210,12 @@ def run(tree: Path, backend: str, ops: Sequence[str], kept: Iterable[Key] = ()) 
     return bits, values
 
 
-def collect(trees: Sequence[Path], ops: Sequence[str], backends: Sequence[str]) -> list[Bits]:
+def collect(trees: Sequence[Path], calls: Calls) -> list[Bits]:
     """The bits of each tree."""
-    jobs = [(tree, backend) for tree in trees for backend in backends]
+    jobs = [(tree, backend) for backend in calls.backends for tree in trees]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = [*pool.map(lambda job: run(job[0], job[1], ops)[0], jobs)]
-    n = len(backends)
-    return [{k: v for bits in found[i * n : i * n + n] for k, v in bits.items()} for i in range(len(trees))]
+        found = [*pool.map(lambda job: run(job[0], job[1], calls)[0], jobs)]
+    return [{k: v for bits in found[i :: len(trees)] for k, v in bits.items()} for i in range(len(trees))]
 
 
 @dataclass(frozen=True)
@@ -281,6 +294,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("head", nargs="?", default="HEAD", help="a commit or a folder")
     parser.add_argument("--allow", type=Path, help="the file of the differences that are meant")
     parser.add_argument("--ops", nargs="*", default=[], help="only these ops")
+    parser.add_argument("--samples", nargs="*", default=["*"], help="shell patterns of samples")
     parser.add_argument("--backends", nargs="*", default=BACKENDS, choices=BACKENDS, help="only these backends")
     parser.add_argument("--values", action="store_true", help="compute what differs once more and say by how much")
     parser.add_argument("--trees", type=Path, help="where to keep the built copies of commits")
@@ -289,13 +303,14 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         trees = [prepare(version, options.trees or scratch, scratch) for version in (options.base, options.head)]
-        bits = collect(trees, options.ops, options.backends)
+        calls = Calls(options.ops, options.samples, options.backends)
+        bits = collect(trees, calls)
         found = compare(*bits)
         unmatched = [key for key in found.different if not any(entry.matches(key) for entry in allowed)]
         values: list[dict[Key, torch.Tensor]] = [{}, {}]
         for backend in sorted({key.backend for key in unmatched if options.values}):
             for side, tree in zip(values, trees, strict=True):
-                side |= run(tree, backend, options.ops, [k for k in unmatched if k.backend == backend])[1]
+                side |= run(tree, backend, calls, [k for k in unmatched if k.backend == backend])[1]
     return report(found, unmatched, allowed, values if options.values else None)
 
 
