@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fss_kernels.ops.toy_norm import reference, toy_norm
-from fss_kernels.ops.toy_norm.op import op
 from torch import Tensor
 
+from fss_kernels.ops.toy_norm import reference, toy_norm
+from fss_kernels.ops.toy_norm.op import op
 from fss_kernels.testing import BadInput, Cost, Sample, Spec
 
 
