@@ -1188,8 +1188,8 @@ def test_a_page_lists_where_we_do_not_win():
     assert "\nA peer is faster in 1 of 3 rows: an_op a forward (p 0.90).\n" in text
     assert "\nA peer is as fast in 1 of 3 rows: an_op b forward (p 1.01).\n" in text
     assert "| p | **0.90** |" in text and "| p | 1.01 (tie) |" in text and "| p | 2.00 |" in text
-    assert "`benchmarks/targets.toml` promises 4 figures of these rows." in text
-    short = text.partition("This machine does not reach 3 of them:")[2].partition("---:|---|\n")[2].splitlines()
+    assert "This machine keeps 1 of 4 promises of `benchmarks/targets.toml` for these rows." in text
+    short = text.partition("It misses these:")[2].partition("---:|---|\n")[2].splitlines()
     assert short[:3] == [
         "| most of the roof | an_op a forward | roof ≥ 0.6 | 0.500 | two things |",
         "| faster than p | an_op a forward | peer:p ≥ 1.6 | 0.900 | \N{EN DASH} |",
@@ -1197,7 +1197,7 @@ def test_a_page_lists_where_we_do_not_win():
     ]
     assert "much faster than p" not in text and "not measured" not in text
     kept = page([result_file(rows[4:])], lines=lines[2:3])
-    assert "reaches all 1 figures" in kept and "does not reach" not in kept and "A peer is" not in kept
+    assert "keeps all 1 promises" in kept and "It misses" not in kept and "A peer is" not in kept
 
 
 def test_a_page_compares_with_released_code(monkeypatch):
