@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fss_kernels.ops.toy_norm.op import call
 from torch import Tensor
 
 from fss_kernels import _checks
+from fss_kernels.ops.toy_norm.op import call
 
 _NAME = "toy_norm"
 

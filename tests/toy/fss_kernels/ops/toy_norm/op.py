@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fss_kernels.ops.toy_norm import reference
 from torch import Tensor
 
 from fss_kernels._layout import accumulate_dtype, empty_rows_like
 from fss_kernels._op import Op
+from fss_kernels.ops.toy_norm import reference
 
 
 def _fake(call: Any) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fss_kernels.ops.toy_norm import reference, toy_norm
-from fss_kernels.ops.toy_norm.op import op
 from torch import Tensor
 
+from fss_kernels.ops.toy_norm import reference, toy_norm
+from fss_kernels.ops.toy_norm.op import op
 from fss_kernels.testing import BadInput, Cost, Sample, Spec
 
 
@@ -39,6 +39,7 @@ def _samples() -> Iterator[Sample]:
     yield sample("one-column", 2, 6, 7, 1)
     yield sample("two-channels", 2, 2, 9, 8, eps=0.5)
     yield sample("many-pixels", 2, 9, 20, 37)
+    yield sample("three-samples", 3, 5, 17, 16)
 
 
 def _bad_inputs() -> Iterator[BadInput]:
