@@ -39,6 +39,7 @@ def _samples() -> Iterator[Sample]:
     yield sample("one-column", 2, 6, 7, 1)
     yield sample("two-channels", 2, 2, 9, 8, eps=0.5)
     yield sample("many-pixels", 2, 9, 20, 37)
+    yield sample("three-samples", 3, 5, 17, 16)
 
 
 def _bad_inputs() -> Iterator[BadInput]:
