@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fss_kernels import _checks
+from fss_kernels._resize import weights_of
 from fss_kernels.ops.dense_cosine import checked_inputs, dense_cosine_match, dense_cosine_max
-from fss_kernels.ops.hypercorrelation.reference import weights_of
 
 _RANGE_EPS = 1e-7  # of the released min-max
 

@@ -1,5 +1,6 @@
-"""The ends of the dtypes: float16 at 65504, subnormal inputs, NaN and Inf."""
+"""The ends of the dtypes: float16 at 65504, subnormal inputs, NaN and Inf, norms beyond the range."""
 
+import inspect
 import itertools
 
 import pytest
@@ -19,6 +20,18 @@ LARGEST = 65504.0
 OVERFLOW = 65520.0  # rounds to infinity
 
 
+def normalises(spec):
+    """Whether the op divides features by norms: |x| + eps or max(|x|, eps)."""
+    return "eps_mode" in inspect.signature(getattr(fss_kernels, spec.name)).parameters
+
+
+def weighed(spec):
+    """The first sample with floating tensors that are not features, or else the first."""
+    samples = list(spec.samples())
+    extra = (s for s in samples if any(t.is_floating_point() for n, t in s.tensors.items() if n not in spec.features))
+    return next(extra, samples[0])
+
+
 def check_half(actual, want, plain32, direction, label):
     """The comparison rule where the oracle is in float16's range, infinities where it rounds to one."""
     over, near = want.abs() >= OVERFLOW, (want.abs() - OVERFLOW).abs() < 1e-4 * OVERFLOW
@@ -32,11 +45,10 @@ def check_half(actual, want, plain32, direction, label):
 @pytest.mark.parametrize("spec, backend", EACH, ids=ids)
 def test_float16_at_65504(spec, backend, layout):
     """Features up to the largest number: sums and norms are those of float32, only the last rounding overflows."""
-    overflows = 0
+    overflows, expected = 0, 0
     for sample in (s for sp, s in SMALL if sp is spec):
         tensors = spec.cast(sample, torch.float64)
-        largest = "query", "support", "features", "prototypes", "x"
-        for name in (n for n in tensors if n.rstrip("0123456789") in largest):
+        for name in [n for n in spec.features if n in tensors][: None if normalises(spec) else 1]:
             tensors[name] = tensors[name] * (LARGEST / tensors[name].abs().max())
         tensors = {
             n: testing.LAYOUTS[layout](t.half() if n in spec.features else t.float() if t.is_floating_point() else t)
@@ -55,8 +67,11 @@ def test_float16_at_65504(spec, backend, layout):
             for a, want, plain in zip(actual[part], *(w[part] for w in wide), strict=True):
                 if a.dtype == torch.float16:
                     check_half(a, want, plain, direction, f"{spec.name}[{sample.id}] {direction}")
-                    overflows += int(a.isinf().sum())
-    assert (overflows > 0) == (spec.name == "dynamic_conv2d")
+                    overflows, expected = (
+                        overflows + int(a.isinf().sum()),
+                        expected + int((want.abs() >= OVERFLOW).sum()),
+                    )
+    assert (overflows > 0) == (expected > 0) and not (overflows and normalises(spec))
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -81,20 +96,24 @@ def test_not_finite_where_the_reference_is_not(spec, backend, bad):
     assert reached or bad == 1e30
 
 
-# dtype and exponents: of the largest entries whose squares are subnormal, and of the least whose gradients are not lost
-SHORT = [
-    (torch.float32, -70, -60),
-    (torch.bfloat16, -70, -60),
-    (torch.float16, -24, -24),  # subnormal entries
-    (torch.float64, -530, -500),
-]
-COSINES = [
-    pytest.param(*each.values, *short, marks=each.marks)
-    for each in EACH
-    for short in SHORT
-    if "cosine" in each.values[0].name or each.values[0].name == "hypercorrelation"
-    if each.values[0].op.why_not(each.values[1], "cpu", short[0]) is None
-]
+def with_exponents(*cases):
+    """The ops that normalise and their backends, with each (dtype, exponent) that they take."""
+    return [
+        pytest.param(*each.values, *case, marks=each.marks)
+        for each in EACH
+        for case in cases
+        if normalises(each.values[0]) and each.values[0].op.why_not(each.values[1], "cpu", case[0]) is None
+    ]
+
+
+# The least exponents at which squares of integers are exact.
+SHORT = with_exponents((torch.float32, -74), (torch.bfloat16, -74), (torch.float16, -24), (torch.float64, -536))
+# Here squares underflow to 0 or overflow.
+BEYOND = with_exponents(
+    *((dtype, exponent) for dtype in (torch.float32, torch.bfloat16) for exponent in (-80, 80)),
+    *((torch.float64, exponent) for exponent in (-545, 545)),
+)
+EPS_MODES = pytest.mark.parametrize("eps_mode", ["clamp", "add"])
 
 
 def integers(*shape, channels):
@@ -104,30 +123,114 @@ def integers(*shape, channels):
     return x
 
 
-@pytest.mark.parametrize("eps_mode", ["clamp", "add"])
-@pytest.mark.parametrize("spec, backend, dtype, of_values, of_gradients", COSINES, ids=ids)
-def test_short_vectors_without_eps(spec, backend, dtype, of_values, of_gradients, eps_mode):
-    """A cosine does not change with the length of vectors and its gradient is divided by it: nothing is flushed."""
-    pixels = integers(2, 19, 5, 6, channels=1)
-    other = integers(2, 3, 19, channels=2)
-    if spec.name != "prototype_cosine":
-        other = integers(2, 19, 4, 7, channels=1).flip(1)
-    mask = (torch.arange(56).view(2, 4, 7) % 3 > 0,) if spec.name != "prototype_cosine" else ()
+def channels_of(x):
+    """The dimension along which features (..., C, H, W) or prototypes (..., C) are normalised."""
+    return x.ndim - (3 if x.ndim >= 4 else 1)
 
-    def run(exponent):
-        leaves = [(x * 2.0**exponent).to(dtype).requires_grad_() for x in (pixels, other)]
+
+def of_integers(spec, sample, dtype):
+    """The tensors of a sample, its features replaced by integers in float64, and their names."""
+    tensors, names = spec.cast(sample, dtype), [n for n in spec.features if n in sample.tensors]
+    for i, name in enumerate(names):
+        channels = channels_of(tensors[name])
+        tensors[name] = integers(*tensors[name].shape, channels=channels).roll(i, channels)
+    return tensors, names
+
+
+def twice(function, leaves):
+    """The outputs and the first and second gradients of a function of (values, power of two beside them, dtype), times
+    what makes them independent of these powers; the outputs' gradients are 2^-10."""
+    tensors = [(x * power).to(dtype).requires_grad_() for x, power, dtype in leaves]
+    powers = [power for _, power, _ in leaves]
+    outputs = function(*tensors)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else [o for o in outputs if o.is_floating_point()]
+    seeds = [torch.full_like(o, 2.0**-10, requires_grad=True) for o in outputs]
+    grads = torch.autograd.grad(outputs, tensors, seeds, create_graph=True)
+    first = [g.double() * power for g, power in zip(grads, powers, strict=True)]
+    mixed = sum((g * torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view(g.shape)).sum() for g in first)
+    half = leaves[0][2] == torch.float16  # which has no room for what comes back from lengths
+    second = [] if half else torch.autograd.grad(mixed, [*seeds, *tensors])
+    second = [g.double() * p for g, p in zip(second, [1.0] * len(seeds) + powers, strict=not half)]
+    return [o.detach().double() for o in outputs], [g.detach() for g in first], second
+
+
+@EPS_MODES
+@pytest.mark.parametrize("spec, backend, dtype, exponent", SHORT, ids=ids)
+def test_short_vectors_without_eps(spec, backend, dtype, exponent, eps_mode):
+    """A cosine does not change with the length of vectors, its derivatives are divided by it: nothing is flushed, and
+    nothing overflows on the way."""
+    sample = thorough(spec)
+    tensors, names = of_integers(spec, sample, dtype)
+    others = {n: t for n, t in tensors.items() if n not in names}
+
+    def run(short):
+        def function(*features):
+            given = {n: dict(zip(names, features, strict=True)).get(n, others.get(n)) for n in tensors}
+            return spec.function(*given.values(), **{**sample.options, "eps": 0.0, "eps_mode": eps_mode})
+
         with fss_kernels.use_backend(backend):
-            out = spec.function(*leaves, *mask, eps=0.0, eps_mode=eps_mode)
-        grads = torch.autograd.grad(out, leaves, torch.full_like(out, 2.0**-10))
-        return out.detach(), [g.double() * 2.0**exponent for g in grads]
+            return twice(function, [(tensors[n], 2.0**exponent if n in short else 1.0, dtype) for n in names])
 
-    wanted, grads = run(0)
-    assert wanted.abs().max() > 0.5
-    torch.testing.assert_close(run(of_values)[0], wanted)
-    for g, w in zip(run(of_gradients)[1], grads, strict=True):
-        assert w.abs().max() > 0
-        tolerance = max(torch.finfo(dtype).eps, 2.0**-24 if dtype == torch.float16 else 0.0)
-        torch.testing.assert_close(g, w, rtol=2 * tolerance, atol=2 * tolerance * w.abs().max().item())
+    wanted = run([])
+    tolerance = 4 * max(torch.finfo(dtype).eps, 2.0**-24 if dtype == torch.float16 else 0.0)
+    for short in [*([n] for n in names), names]:
+        for got, want in zip(itertools.chain(*run(short)), itertools.chain(*wanted), strict=True):
+            assert want.abs().max() > 0
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+@EPS_MODES
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("spec, backend, dtype, exponent", BEYOND, ids=ids)
+def test_norms_beyond_their_dtype(spec, backend, dtype, exponent, eps, eps_mode):
+    """Every other vector of each feature tensor in turn: with a squared norm that underflows it is a zero vector, with
+    one that overflows as good as NaN, in every output and gradient."""
+    sample = thorough(spec)
+    tensors, names = of_integers(spec, sample, dtype)
+    options = {**sample.options, "eps": eps, "eps_mode": eps_mode}
+    stand_in = 0.0 if exponent < 0 else float("nan")
+    for name in names:
+        x = tensors[name]
+        one = x.select(channels_of(x), 0)
+        chosen = (torch.arange(one.numel()).view(one.shape) % 2 > 0).unsqueeze(channels_of(x))
+        results = []
+        for value in (x * 2.0**exponent, torch.full_like(x, stand_in)):
+            given = {**tensors, name: torch.where(chosen, value, x)}
+            given = {n: t.to(dtype) if n in names else t for n, t in given.items()}
+            with fss_kernels.use_backend(backend):
+                results.append(testing.gradients(spec.function, given, options, names))
+        for part, (got, wanted) in enumerate(zip(*results, strict=True)):
+            assert part or any(o.isnan().any() for o in wanted) == (exponent > 0)
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@EPS_MODES
+@pytest.mark.parametrize("exponent", [-80, 80])
+@pytest.mark.parametrize(
+    "spec, backend",
+    [
+        each
+        for each in EACH
+        if normalises(each.values[0]) and set(weighed(each.values[0]).tensors) - {*each.values[0].features}
+    ],
+    ids=ids,
+)
+def test_weights_beyond_the_squares(spec, backend, exponent, eps_mode):
+    """A cosine does not change with the scale of a mask: its square is nowhere."""
+    sample = weighed(spec)
+    names = testing.differentiable_names(spec, sample.tensors)
+    options = {**sample.options, "eps": 0.0, "eps_mode": eps_mode}
+    results = []
+    for power in (1.0, 2.0**exponent):
+        tensors = spec.cast(sample, torch.float32)
+        tensors |= {n: t * power for n, t in tensors.items() if n not in spec.features and t.is_floating_point()}
+        with fss_kernels.use_backend(backend):
+            results.append(testing.gradients(spec.function, tensors, options, names))
+    for wanted, got in zip(*results, strict=True):
+        for w, g in zip(wanted, got, strict=True):
+            assert w.any()
+            torch.testing.assert_close(g, w)
 
 
 @pytest.mark.parametrize("exponent", [-120, -126, -140, -146])

@@ -1,5 +1,6 @@
 // Normalisation of the cosine ops: x / N(|x|) with N = max(|x|, eps) ("clamp") or |x| + eps ("add"). Included by a core
-// inside namespace fss::FSS_ISA, after simd.h. A zero vector has the cosine 0, a vector whose norm is not finite NaN.
+// inside namespace fss::FSS_ISA, after simd.h. A norm is the root of a sum of squares in the accumulation type: one
+// that underflows to 0 is a zero vector's, whose cosine is 0; one that is not finite gives NaN.
 
 namespace fss {
 namespace FSS_ISA {
@@ -26,27 +27,42 @@ inline vec<A> select(Condition condition, vec<A> if_true, vec<A> if_false) {
 
 // N(n) of a norm n > 0.
 template <class A>
-inline vec<A> norm_divisor(vec<A> n, A eps, bool add) {
-  return add ? n + eps : select<A>(n > broadcast(eps), n, broadcast(eps));
+inline vec<A> norm_divisor(vec<A> n, vec<A> eps, bool add) {
+  return add ? n + eps : select<A>(n > eps, n, eps);
 }
 
 // 1 / N(n); 0 for n = 0, NaN for an infinite or NaN n.
 template <class A>
 inline vec<A> inverse_norm(vec<A> n, A eps, bool add) {
-  const vec<A> zero = broadcast(A(0));
-  const vec<A> inverse = broadcast(A(1)) / select<A>(n == zero, broadcast(A(1)), norm_divisor<A>(n, eps, add));
+  const vec<A> zero = broadcast(A(0)), divisor = norm_divisor<A>(n, broadcast(eps), add);
+  const vec<A> inverse = broadcast(A(1)) / select<A>(n == zero, broadcast(A(1)), divisor);
   return select<A>(n == zero, zero, inverse) + (n - n);
 }
 
-// How strongly the normalisation projects: d(x/N) = dx/N - x (x.dx) inverse_norm slope. 1 / (n N), and 0 where eps
-// alone divides or n = 0.
+// Norms below kShort are short; what magnifies such a vector is a power of two.
 template <class A>
-inline vec<A> norm_slope(vec<A> n, A eps, bool add) {
-  const vec<A> zero = broadcast(A(0));
-  const auto constant = add ? n == zero : n <= broadcast(eps);
-  const vec<A> slope = broadcast(A(1)) / select<A>(constant, broadcast(A(1)), n * norm_divisor<A>(n, eps, add));
-  return select<A>(constant, zero, slope);
+constexpr A kShort = sizeof(A) == 8 ? A(0x1p-256) : A(0x1p-32);
+template <class A>
+constexpr A kMagnified = A(1) / (kShort<A> * kShort<A>);
+
+template <class A>
+inline vec<A> magnification(vec<A> n) {
+  return select<A>(n < broadcast(kShort<A>), broadcast(kMagnified<A>), broadcast(A(1)));
 }
+
+// The gradient at x from D, that at x / N(n): inverse D - along(mx . D) mx, m = magnify. 1 / (n N) overflows for a
+// short vector, so what it multiplies is mx.
+template <class A>
+struct Projection {
+  vec<A> magnify, inverse, slope;  // slope: 1 / (mn mN), 0 where eps alone divides or n = 0
+
+  Projection(vec<A> n, A eps, bool add) : magnify(magnification<A>(n)), inverse(inverse_norm<A>(n, eps, add)) {
+    const vec<A> zero = broadcast(A(0)), one = broadcast(A(1)), size = n * magnify, constant = magnify * eps;
+    const auto flat = add ? size == zero : size <= constant;
+    slope = select<A>(flat, zero, one / select<A>(flat, one, size * norm_divisor<A>(size, constant, add)));
+  }
+  vec<A> along(vec<A> dot) const { return dot * (inverse / magnify) * slope * magnify; }
+};
 
 }  // namespace FSS_ISA
 }  // namespace fss

@@ -13,6 +13,7 @@
 
 #include "dtypes.h"
 #include "isa.h"
+#include "sizes.h"
 #if FSS_X86_VARIANTS
 #include <immintrin.h>
 #endif

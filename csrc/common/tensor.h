@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "sizes.h"
 
 namespace fss {
 
@@ -101,6 +102,9 @@ inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType d
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+// Whether a result is so large that it leaves the caches before anyone reads it: then it is written past them.
+inline bool leaves_caches(const Tensor& x) { return x.numel() * int64_t(x.element_size()) >= int64_t(8) << 20; }
+
 inline bool has_shape(const Tensor& x, const std::vector<int64_t>& sizes) {
   return x.dim() == int64_t(sizes.size()) && std::equal(sizes.begin(), sizes.end(), x.sizes().begin());
 }
@@ -109,7 +113,9 @@ inline bool has_shape(const Tensor& x, const std::vector<int64_t>& sizes) {
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t work_per_task, const F& f) {
   if (tasks == 0) return;
-  torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work_per_task)), f);
+  const int64_t together = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, work_per_task));
+  if (tasks <= together) return f(int64_t(0), tasks);
+  torch::stable::parallel_for(0, tasks, together, f);
 }
 
 }  // namespace fss

@@ -15,7 +15,7 @@
 // where the norms say so.
 //
 // Gradients: from the saved index the pairs (i, j, weight) are listed once by query and once by support pixel; then
-//   grad x = u D - (x . D) u slope x,   D = sum over the pairs of x of weight * unit vector of the other
+//   grad x = u D - (x . D) u slope x,   D = sum over the pairs of x of weight * unit vector of the other    (cosine.h)
 // in two passes over blocks of L channels, stored pixel by pixel in cache: the first for x . D, which needs all
 // channels, the second for the result. D is computed twice and stored nowhere.
 //
@@ -48,7 +48,8 @@ struct Window {
   int64_t elements() const { return height * width; }
 };
 
-struct Args {
+// What a call keeps the same.
+struct Problem {
   int64_t channels;
   Operand query, support;
   double eps;
@@ -57,38 +58,49 @@ struct Args {
   const Window* windows;
   int64_t maps;             // number of windows
   int64_t up, left;         // the most that a window reaches; 0 and 0: pixels are compared as they are
-  int64_t b, n;             // sample of query and of support at hand
   int64_t positions;        // of a packed query: padded pixels, then up to a whole strip
   const int32_t* pixel_of;  // of a position; -1 for padding
+  bool screen;              // products of bfloat16 first, see screen.h
+  int64_t ring_rows;
+};
+
+// What the steps hand on to each other.
+struct Scratch {
   void* packed_query;
-  void* query_scales;    // u of a position; 0 for padding
-  void* query_bias;      // match: 0, and -infinity for padding
-  const uint8_t* keep;   // of every support pixel
-  const int32_t* kept;   // support pixels kept, ascending
-  int64_t first, count;  // the chunk of them that is packed
+  void* query_scales;   // u of a position; 0 for padding
+  void* query_bias;     // match: 0, and -infinity for padding
+  const uint8_t* keep;  // of every support pixel
+  const int32_t* kept;  // support pixels kept, ascending
   void* packed_support;
   void* support_scales;  // v of the chunk
   void* best;            // (maps, positions)
   void* index;           // (maps, positions), integers as wide as the accumulation type
   void* row_best;        // match: (blocks, kept), maxima of a block of columns, and their positions
   void* row_index;
-  bool screen;             // products of bfloat16 first, see screen.h; what follows is its own
-  uint32_t* coarse_query;  // normalised vectors in bfloat16, two channels a word, in strips and panels as packed
+  uint32_t*
+      coarse_query;  // screen: normalised vectors in bfloat16, two channels a word, in strips and panels as packed
   uint32_t* coarse_support;
-  float* query_errors;    // of a position, |x^ - bfloat16(x^)| at most; -infinity for padding
-  float* support_errors;  // of the chunk
-  float* row_bounds;      // match: (chunk, strips)
-  uint8_t* unscreened;    // of a block: it has given up
-  int64_t row_blocks;     // match: rows of row_best that count
-  void* ring;             // (ring rows, support width) lines of cosines
-  int64_t ring_rows;
-  int64_t row;     // windows: the support row whose candidates are summed
-  bool bad_query;  // some norm of the query's sample is not finite
-  void* scores;    // outputs of (b, n)
+  float* query_errors;    // screen: of a position, |x^ - bfloat16(x^)| at most; -infinity for padding
+  float* support_errors;  // screen: of the chunk
+  float* row_bounds;      // screen, match: (chunk, strips)
+  uint8_t* unscreened;    // screen: of a block, it has given up
+  void* ring;             // windows: (ring rows, support width) lines of cosines
+};
+
+// Where a step is.
+struct Step {
+  int64_t b, n;          // sample of query and of support
+  int64_t first, count;  // the chunk of kept support pixels that is packed
+  int64_t row_blocks;    // match: rows of row_best that count
+  int64_t row;           // windows: the support row whose candidates are summed
+  bool bad_query;        // some norm of the query's sample is not finite
+  void* scores;          // outputs of (b, n)
   int64_t* indices;
   void* support_scores;
   int64_t* support_indices;
 };
+
+struct Args : Problem, Scratch, Step {};
 
 constexpr int64_t kChunkBytes = int64_t(2) << 20;    // kept support pixels that are packed together
 constexpr int64_t kBlockBytes = int64_t(384) << 10;  // query pixels of one task: they stay in a second-level cache
@@ -103,9 +115,6 @@ constexpr int64_t kPairLevel = 256;                  // pairs of channels that a
 constexpr int64_t kJobColumns = 3;                   // what a panel with one query pixel costs, in columns of a tile
 constexpr double kGiveUp = 0.4;                      // of the plain products, what makes it give up afterwards
 constexpr int64_t kSumStrips = 8;                    // strips of query pixels of one task of window sums
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 inline int64_t padded_width(const Args& a) { return a.query.width + a.left; }
 // A line of the ring: as many zeros before and after the positions as a window's shift can reach.
@@ -722,15 +731,15 @@ void gradients(const GradArgs& a, int64_t begin, int64_t end) {
       const int64_t pixels = std::min<int64_t>(x.pixels() - n, L);
       load_pixels<T>(x, to.sample, c, channels, n, pixels, block);
       for (int64_t i = 0; i < pixels; ++i) {
-        const vec<A> d = load(sums.data + (n + i) * L);
+        const vec<A> d = load(sums.data + (n + i) * L), norm = broadcast(norms[n + i]);
+        const Projection<A> project(norm, A(a.eps), a.add);
+        block[i] *= project.magnify;
         if (!a.last) {
           parts[task % blocks * x.pixels() + n + i] = sum<A>(block[i] * d);
           continue;
         }
-        const vec<A> norm = broadcast(norms[n + i]);
-        const vec<A> u = inverse_norm<A>(norm, A(a.eps), a.add);
-        const vec<A> along = parts[n + i] * u * norm_slope<A>(norm, A(a.eps), a.add);
-        block[i] = keep_where_nonzero<A>(u * d - along * block[i], norm);
+        const vec<A> along = project.along(broadcast(parts[n + i]));
+        block[i] = keep_where_nonzero<A>(project.inverse * d - along * block[i], norm);
       }
       if (a.last) {
         panels::store_block<T>(gradient + (x.channels_last ? n * a.channels + c : c * x.pixels() + n), out_row,

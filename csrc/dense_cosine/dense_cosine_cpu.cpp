@@ -54,20 +54,172 @@ Operand operand(const Rows& rows, const Tensor& norms) {
   return x;
 }
 
-struct Norms {
-  Tensor query, support;
-};
-
 // Whether bfloat16 products screen the candidates.
 bool screens(const Args& a, ScalarType accumulate) {
   return cpu_isa() == Isa::avx512_bf16 && accumulate == ScalarType::Float && a.up + a.left == 0 &&
          a.channels >= dense_cosine::kScreenChannels;
 }
 
+// ---- forward: allocate ----------------------------------------------------------------------------------------------
+
+// What a call asks for besides its tensors.
+struct Options {
+  const std::vector<Window>& windows;
+  bool match, exclude;
+  double eps;
+  bool add;
+};
+
+struct Results {
+  Tensor scores, indices;                  // (N, maps, Hq, Wq); match: (N, Hq, Wq)
+  Tensor support_scores, support_indices;  // match: (N, Hs, Ws)
+  Tensor query_norms, support_norms;
+};
+
+Results allocate(const Tensor& query, const Tensor& support, const Options& options) {
+  const ScalarType dtype = query.scalar_type(), accumulate = accumulate_dtype(dtype);
+  const int64_t pairs = support.size(0), height = query.size(2), width = query.size(3);
+  const std::vector<int64_t> query_grid{query.size(0), height, width};
+  const std::vector<int64_t> support_grid{pairs, support.size(2), support.size(3)};
+  std::vector<int64_t> maps{pairs, height, width};
+  if (!options.match) maps.insert(maps.begin() + 1, int64_t(options.windows.size()));
+  Results r;
+  r.scores = empty(query, maps, dtype), r.indices = empty(query, maps, ScalarType::Long);
+  if (options.match) {
+    r.support_scores = empty(query, support_grid, dtype),
+    r.support_indices = empty(query, support_grid, ScalarType::Long);
+  }
+  r.query_norms = empty(query, query_grid, accumulate), r.support_norms = empty(query, support_grid, accumulate);
+  return r;
+}
+
+// ---- forward: plan --------------------------------------------------------------------------------------------------
+
+// How a call is cut, and where its steps leave what they hand on.
+struct Plan {
+  Rows query, support;
+  const Tensor& mask;
+  bool match, summed;  // summed: over windows
+  int64_t batch, shots;
+  int64_t columns, strip_rows;  // positions and support pixels of one strip
+  int64_t chunk;                // kept support pixels that are packed together
+  int64_t blocks;               // of query pixels: tasks of a product
+  Args args;                    // without a step
+  void* weights;                // the resized mask (N, Ns)
+  uint8_t* keep;
+  int32_t *kept, *pixel_of;
+  Tensor packed, scratch;
+};
+
+// Hands out parts of one allocation, each at a cache line; without a base it only counts.
+class Parts {
+ public:
+  explicit Parts(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+
+  template <class A>
+  A* take(int64_t count) {
+    const uintptr_t at = base_ + uintptr_t(bytes);
+    bytes += round_up(count * int64_t(sizeof(A)), 64);
+    return reinterpret_cast<A*>(at);
+  }
+  int64_t bytes = 0;
+
+ private:
+  uintptr_t base_;
+};
+
+// Everything but the packed query, which alone may be as large as the features.
+template <class A>
+void lay_out(Plan& p, Parts& parts) {
+  using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  Args& a = p.args;
+  const int64_t positions = a.positions, pixels = a.support.pixels(), half = a.screen ? ceil_div(a.channels, 2) : 0;
+  p.weights = parts.take<A>(p.batch * p.shots * pixels);
+  a.keep = p.keep = parts.take<uint8_t>(pixels);
+  a.kept = p.kept = parts.take<int32_t>(pixels);
+  a.pixel_of = p.pixel_of = parts.take<int32_t>(positions);
+  a.packed_support = parts.take<A>(p.chunk * a.channels);
+  a.query_scales = parts.take<A>(positions);
+  a.support_scales = parts.take<A>(p.chunk);
+  a.best = parts.take<A>(a.maps * positions);
+  a.index = parts.take<I>(a.maps * positions);
+  a.unscreened = parts.take<uint8_t>(p.blocks);
+  a.ring = parts.take<A>(a.ring_rows * a.support.width * line(a));
+  if (p.match) {
+    a.query_bias = parts.take<A>(positions);
+    a.row_best = parts.take<A>(p.blocks * p.chunk);
+    a.row_index = parts.take<I>(p.blocks * p.chunk);
+  }
+  if (a.screen) {
+    a.coarse_query = parts.take<uint32_t>(positions * half);
+    a.coarse_support = parts.take<uint32_t>(p.chunk * half);
+    a.query_errors = parts.take<float>(positions);
+    a.support_errors = parts.take<float>(p.chunk);
+    if (p.match) a.row_bounds = parts.take<float>(p.chunk * (positions / p.columns));
+  }
+}
+
+// Kept support pixels that are packed together.
+template <class A>
+int64_t chunk_of(const Args& a, int64_t strip_rows, bool summed) {
+  const int64_t all = round_up(a.support.pixels(), strip_rows);
+  if (summed) return std::min(all, round_up(dense_cosine::kRowsTogether * a.support.width, strip_rows));
+  const int64_t bytes = (a.screen ? 2 : 1) * dense_cosine::kChunkBytes;
+  return std::min(all, std::max(bytes / (a.channels * int64_t(sizeof(A))) / strip_rows * strip_rows, strip_rows));
+}
+
+// The padded pixels of the query, and what the steps expect to be there.
+template <class A>
+void fill(const Plan& p) {
+  const Args& a = p.args;
+  std::fill_n(p.pixel_of, a.positions, -1);
+  for (int64_t y = 0, j = 0; y < a.query.height; ++y) {
+    for (int64_t x = 0; x < a.query.width; ++x, ++j) p.pixel_of[y * padded_width(a) + x] = int32_t(j);
+  }
+  for (int64_t i = 0; p.match && i < a.positions; ++i) {
+    static_cast<A*>(a.query_bias)[i] = p.pixel_of[i] < 0 ? -std::numeric_limits<A>::infinity() : A(0);
+  }
+  std::fill_n(a.unscreened, p.blocks, uint8_t(0));
+  std::fill_n(static_cast<A*>(a.ring), a.ring_rows * a.support.width * line(a), A(0));
+  // the norms of dropped support pixels stay 0
+  std::fill_n(static_cast<A*>(a.support.norms), p.batch * p.shots * a.support.pixels(), A(0));
+}
+
+template <class A>
+Plan plan(const Tensor& query, const Tensor& support, const Tensor& mask, const Options& options, const Results& r) {
+  Plan p{as_rows(query), as_rows(support), mask, options.match};
+  Args& a = p.args;
+  a.channels = query.size(1);
+  a.query = operand(p.query, r.query_norms), a.support = operand(p.support, r.support_norms);
+  a.eps = options.eps, a.add = options.add, a.exclude = options.exclude;
+  a.windows = options.windows.data(), a.maps = int64_t(options.windows.size());
+  for (const Window& w : options.windows) a.up = std::max(a.up, w.up()), a.left = std::max(a.left, w.left());
+  p.summed = a.up + a.left > 0;
+  a.screen = screens(a, accumulate_dtype(query.scalar_type()));
+  a.ring_rows = p.summed ? 2 * a.up + dense_cosine::kRowsTogether : 0;
+  p.batch = query.size(0), p.shots = support.size(0) / p.batch;
+  p.columns = FSS_FOR_ISA(dense_cosine::columns_of_strip<A>)();
+  p.strip_rows = FSS_FOR_ISA(dense_cosine::rows_of_strip<A>)();
+  a.positions = round_up(a.query.height * padded_width(a), p.columns);
+  p.chunk = chunk_of<A>(a, p.strip_rows, p.summed);
+  p.blocks = FSS_FOR_ISA(dense_cosine::product_tasks<A>)(a);
+  Parts measured(nullptr);
+  lay_out<A>(p, measured);
+  p.scratch = empty(query, {measured.bytes / int64_t(sizeof(float))}, ScalarType::Float);
+  p.packed = empty(query, {a.positions * a.channels}, accumulate_dtype(query.scalar_type()));
+  Parts parts(p.scratch.mutable_data_ptr());
+  lay_out<A>(p, parts);
+  a.packed_query = p.packed.mutable_data_ptr();
+  fill<A>(p);
+  return p;
+}
+
+// ---- forward: run ---------------------------------------------------------------------------------------------------
+
 #if FSS_BFLOAT16_PRODUCTS
 // The maxima of the chunk by way of the screen, or false where a match has to be done without.
 template <class T>
-bool screened(Args& a, int64_t blocks, bool match) {
+bool screened(const Args& a, int64_t blocks, bool match) {
   namespace core = avx512::dense_cosine;
   const auto maxima = match ? core::screened_maxima<T, true> : core::screened_maxima<T, false>;
   const auto given_up = [&] { return std::find(a.unscreened, a.unscreened + blocks, 1) != a.unscreened + blocks; };
@@ -83,172 +235,126 @@ bool screened(Args& a, int64_t blocks, bool match) {
       a.unscreened[0] = 1;
       return false;
     }
-    parallel_tasks(dense_cosine::ceil_div(int64_t(jobs.size()), core::kPanel),
-                   core::kPanel * core::kColumns * a.channels,
+    parallel_tasks(ceil_div(int64_t(jobs.size()), core::kPanel), core::kPanel * core::kColumns * a.channels,
                    [&](int64_t begin, int64_t end) { core::rescore_rows(a, jobs, begin, end); });
     core::keep_rows(a, jobs);
   }
-  a.row_blocks = 1;
   return true;
 }
 #endif
 
-// What both forward ops share: packs, multiplies and reduces one pair of sample and shot after the other. The scores
-// and indices of the query are (N, maps, Nq), those of the support (N, Ns) or undefined.
-Norms forward(const Tensor& query, const Tensor& support, const Tensor& mask, const std::vector<Window>& windows,
-              bool exclude, double eps, const std::string& eps_mode, const Tensor& scores, const Tensor& indices,
-              const Tensor* support_scores, const Tensor* support_indices) {
-  const ScalarType dtype = query.scalar_type(), accumulate = accumulate_dtype(dtype);
-  const int64_t batch = query.size(0), pairs = support.size(0), channels = query.size(1);
-  const Norms norms{empty(query, {batch, query.size(2), query.size(3)}, accumulate),
-                    empty(query, {pairs, support.size(2), support.size(3)}, accumulate)};
-  Tensor query_norms = norms.query, support_norms = norms.support;
-  torch::stable::zero_(query_norms), torch::stable::zero_(support_norms);  // the support's stay 0 where it is dropped
-  if (batch == 0) return norms;
-  const int64_t shots = pairs / batch;
+// One pair of sample and shot after the other. A step gets its own Args, which nothing changes while it runs.
+template <class T>
+class Run {
+  using A = accumulate_t<T>;
+  using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
-  const Tensor weights = empty(query, {pairs, support.size(2), support.size(3)}, accumulate);
-  if (pairs > 0) resize_mask(mask, weights, kOp);
-  const Rows query_rows = as_rows(query), support_rows = as_rows(support);
-  Args a{};
-  a.channels = channels;
-  a.query = operand(query_rows, query_norms), a.support = operand(support_rows, support_norms);
-  a.eps = eps, a.add = eps_mode == "add", a.exclude = exclude;
-  a.windows = windows.data(), a.maps = int64_t(windows.size());
-  for (const Window& w : windows) a.up = std::max(a.up, w.up()), a.left = std::max(a.left, w.left());
-  const bool summed = a.up + a.left > 0, match = support_scores != nullptr;
-  a.screen = screens(a, accumulate);
-  const int64_t nq = a.query.pixels(), ns = a.support.pixels();
-  const Tensor keep = empty(query, {ns}, ScalarType::Byte), kept = empty(query, {ns}, ScalarType::Int);
+ public:
+  Run(const Plan& plan, const Results& results) : p(plan), r(results) {}
 
-  dispatch_floating(dtype, kOp, [&](auto t) {
-    using T = typename decltype(t)::type;
-    using A = accumulate_t<T>;
-    using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-    constexpr ScalarType kIndex = sizeof(A) == 8 ? ScalarType::Long : ScalarType::Int;
-    const int64_t columns = FSS_FOR_ISA(dense_cosine::columns_of_strip<A>)();
-    const int64_t strip_rows = FSS_FOR_ISA(dense_cosine::rows_of_strip<A>)();
-    const auto pack_query = FSS_FOR_ISA(dense_cosine::pack_query<T>);
-    const auto pack_support = FSS_FOR_ISA(dense_cosine::pack_support<T>);
-    const auto multiply = summed  ? FSS_FOR_ISA(dense_cosine::cosines<T>)
-                          : match ? FSS_FOR_ISA(dense_cosine::maxima<T, true>)
-                                  : FSS_FOR_ISA(dense_cosine::maxima<T, false>);
+  void all() const {
+    const int64_t height = p.args.support.height, width = p.args.support.width;
+    if (p.shots > 0) resize_mask(p.mask, p.weights, r.support_norms.scalar_type(), height, width, kOp);
+    for (int64_t b = 0; b < p.batch; ++b) sample(b);
+  }
+
+ private:
+  void sample(int64_t b) const {
+    Args a = p.args;
+    a.b = b;
+    const auto pack = FSS_FOR_ISA(dense_cosine::pack_query<T>);
+    parallel_tasks(a.positions / p.columns, p.columns * a.channels,
+                   [&](int64_t begin, int64_t end) { pack(a, begin, end); });
+    const A* norms = static_cast<const A*>(a.query.norms) + b * a.query.pixels();
+    a.bad_query = std::any_of(norms, norms + a.query.pixels(), [](A norm) { return !(norm - norm == 0); });
+    for (int64_t shot = 0; shot < p.shots; ++shot) pair(a, b * p.shots + shot);
+  }
+
+  void pair(Args a, int64_t n) const {
+    const int64_t queries = a.maps * a.query.pixels(), supports = a.support.pixels();
+    a.n = n;
+    a.scores = static_cast<T*>(r.scores.mutable_data_ptr()) + n * queries;
+    a.indices = static_cast<int64_t*>(r.indices.mutable_data_ptr()) + n * queries;
+    std::fill_n(static_cast<A*>(a.best), a.maps * a.positions, -std::numeric_limits<A>::infinity());
+    std::fill_n(static_cast<I*>(a.index), a.maps * a.positions, I(-1));
+    if (p.match) {
+      a.support_scores = static_cast<T*>(r.support_scores.mutable_data_ptr()) + n * supports;
+      a.support_indices = static_cast<int64_t*>(r.support_indices.mutable_data_ptr()) + n * supports;
+      std::fill_n(static_cast<T*>(a.support_scores), supports, T{});
+      std::fill_n(a.support_indices, supports, int64_t(-1));
+    }
+    const int64_t total = list_kept(n);
+    p.summed ? by_rows(a, total) : by_chunks(a, total);
+    FSS_FOR_ISA(dense_cosine::finish_query<T>)(a);
+  }
+
+  // Lists the support pixels that the mask keeps; how many there are.
+  int64_t list_kept(int64_t n) const {
+    const int64_t pixels = p.args.support.pixels();
+    const A* weight = static_cast<const A*>(p.weights) + n * pixels;
+    int64_t total = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      p.keep[i] = weight[i] > 0;
+      p.kept[total] = int32_t(i);
+      total += p.keep[i];
+    }
+    return total;
+  }
+
+  void by_chunks(Args a, int64_t total) const {
+    for (a.first = 0; a.first < total; a.first += p.chunk) {
+      a.count = std::min(total - a.first, p.chunk);
+      a.row_blocks = multiply(a);
+      if (p.match) FSS_FOR_ISA(dense_cosine::finish_support<T>)(a);
+    }
+  }
+
+  // A row of candidates is complete when the rows that its windows reach are.
+  void by_rows(Args a, int64_t total) const {
     const auto window_sums = FSS_FOR_ISA(dense_cosine::window_sums<A>);
-
-    a.positions = dense_cosine::round_up(a.query.height * dense_cosine::padded_width(a), columns);
-    const Tensor pixel_of = empty(query, {a.positions}, ScalarType::Int);
-    int32_t* pixels = static_cast<int32_t*>(pixel_of.mutable_data_ptr());
-    std::fill(pixels, pixels + a.positions, -1);
-    for (int64_t j = 0; j < nq; ++j) {
-      pixels[j / a.query.width * dense_cosine::padded_width(a) + j % a.query.width] = int32_t(j);
+    const int64_t tasks = FSS_FOR_ISA(dense_cosine::sum_tasks<A>)(a);
+    for (int64_t y = 0; y < a.support.height + a.up; y += dense_cosine::kRowsTogether, a.first += a.count) {
+      const int64_t end = (y + dense_cosine::kRowsTogether) * a.support.width;
+      for (a.count = 0; a.first + a.count < total && p.kept[a.first + a.count] < end;) ++a.count;
+      if (a.count > 0) multiply(a);
+      const int64_t done = std::min(y + dense_cosine::kRowsTogether - a.up, a.support.height);
+      for (a.row = std::max<int64_t>(y - a.up, 0); total > 0 && a.row < done; ++a.row) {
+        parallel_tasks(tasks, a.positions / tasks * a.support.width * a.maps * 8,
+                       [&](int64_t begin, int64_t end) { window_sums(a, begin, end); });
+      }
     }
-    const int64_t fitting =
-        (a.screen ? 2 : 1) * dense_cosine::kChunkBytes / (channels * int64_t(sizeof(A))) / strip_rows * strip_rows;
-    const int64_t chunk =
-        std::min(dense_cosine::round_up(ns, strip_rows),
-                 summed ? dense_cosine::round_up(dense_cosine::kRowsTogether * a.support.width, strip_rows)
-                        : std::max(fitting, strip_rows));
-    const int64_t blocks = FSS_FOR_ISA(dense_cosine::product_tasks<A>)(a);
-    a.ring_rows = summed ? 2 * a.up + dense_cosine::kRowsTogether : 0;
-    const Tensor packed_query = empty(query, {a.positions * channels}, accumulate);
-    const Tensor packed_support = empty(query, {chunk * channels}, accumulate);
-    const Tensor scales = empty(query, {a.positions + chunk}, accumulate);
-    const Tensor best = empty(query, {a.maps * a.positions}, accumulate);
-    const Tensor index = empty(query, {a.maps * a.positions}, kIndex);
-    const Tensor bias = empty(query, {match ? a.positions : 0}, accumulate);
-    const Tensor row_best = empty(query, {match ? blocks * chunk : 0}, accumulate);
-    const Tensor row_index = empty(query, {match ? blocks * chunk : 0}, kIndex);
-    const int64_t half = a.screen ? dense_cosine::ceil_div(channels, 2) : 0;
-    const Tensor coarse = empty(query, {(a.positions + chunk) * half}, ScalarType::Int);
-    const Tensor errors = empty(query, {a.screen ? a.positions + chunk : 0}, ScalarType::Float);
-    const Tensor row_bounds =
-        empty(query, {a.screen && match ? chunk * (a.positions / columns) : 0}, ScalarType::Float);
-    Tensor unscreened = empty(query, {blocks}, ScalarType::Byte);
-    torch::stable::zero_(unscreened);
-    Tensor ring = empty(query, {a.ring_rows * a.support.width * dense_cosine::line(a)}, accumulate);
-    torch::stable::zero_(ring);
-    a.pixel_of = pixels;
-    a.packed_query = packed_query.mutable_data_ptr(), a.packed_support = packed_support.mutable_data_ptr();
-    a.query_scales = scales.mutable_data_ptr();
-    a.support_scales = static_cast<A*>(scales.mutable_data_ptr()) + a.positions;
-    a.best = best.mutable_data_ptr(), a.index = index.mutable_data_ptr();
-    a.query_bias = bias.mutable_data_ptr();
-    a.row_best = row_best.mutable_data_ptr(), a.row_index = row_index.mutable_data_ptr();
-    a.coarse_query = static_cast<uint32_t*>(coarse.mutable_data_ptr());
-    a.coarse_support = a.coarse_query + a.positions * half;
-    a.query_errors = static_cast<float*>(errors.mutable_data_ptr());
-    a.support_errors = a.query_errors + a.positions;
-    a.row_bounds = static_cast<float*>(row_bounds.mutable_data_ptr());
-    a.unscreened = static_cast<uint8_t*>(unscreened.mutable_data_ptr());
-    a.ring = ring.mutable_data_ptr();
-    for (int64_t p = 0; match && p < a.positions; ++p) {
-      static_cast<A*>(a.query_bias)[p] = pixels[p] < 0 ? -std::numeric_limits<A>::infinity() : A(0);
-    }
-    uint8_t* flags = static_cast<uint8_t*>(keep.mutable_data_ptr());
-    int32_t* list = static_cast<int32_t*>(kept.mutable_data_ptr());
-    a.keep = flags, a.kept = list;
+  }
 
-    const auto product = [&](int64_t first, int64_t last) {
-      a.first = first, a.count = last - first;
-      if (a.count == 0) return;
-      parallel_tasks(dense_cosine::ceil_div(a.count, strip_rows), strip_rows * channels,
-                     [&](int64_t begin, int64_t end) { pack_support(a, begin, end); });
-      a.row_blocks = blocks;
+  // Packs and multiplies the chunk; how many rows of row_best hold its maxima.
+  int64_t multiply(const Args& a) const {
+    const auto pack = FSS_FOR_ISA(dense_cosine::pack_support<T>);
+    const auto product = p.summed  ? FSS_FOR_ISA(dense_cosine::cosines<T>)
+                         : p.match ? FSS_FOR_ISA(dense_cosine::maxima<T, true>)
+                                   : FSS_FOR_ISA(dense_cosine::maxima<T, false>);
+    parallel_tasks(ceil_div(a.count, p.strip_rows), p.strip_rows * a.channels,
+                   [&](int64_t begin, int64_t end) { pack(a, begin, end); });
 #if FSS_BFLOAT16_PRODUCTS
-      if constexpr (std::is_same_v<A, float>) {
-        if (a.screen && screened<T>(a, blocks, match)) return;
-      }
-#endif
-      parallel_tasks(blocks, a.positions / blocks * a.count * channels,
-                     [&](int64_t begin, int64_t end) { multiply(a, begin, end); });
-    };
-    for (a.b = 0; a.b < batch; ++a.b) {
-      parallel_tasks(a.positions / columns, columns * channels,
-                     [&](int64_t begin, int64_t end) { pack_query(a, begin, end); });
-      const A* own = static_cast<const A*>(a.query.norms) + a.b * nq;
-      a.bad_query = std::any_of(own, own + nq, [](A norm) { return !(norm - norm == 0); });
-      for (int64_t shot = 0; shot < shots; ++shot) {
-        a.n = a.b * shots + shot;
-        const A* weight = static_cast<const A*>(weights.const_data_ptr()) + a.n * ns;
-        int64_t total = 0;
-        for (int64_t i = 0; i < ns; ++i) {
-          flags[i] = weight[i] > 0;
-          list[total] = int32_t(i);
-          total += flags[i];
-        }
-        std::fill_n(static_cast<A*>(a.best), a.maps * a.positions, -std::numeric_limits<A>::infinity());
-        std::fill_n(static_cast<I*>(a.index), a.maps * a.positions, I(-1));
-        a.scores = static_cast<T*>(scores.mutable_data_ptr()) + a.n * a.maps * nq;
-        a.indices = static_cast<int64_t*>(indices.mutable_data_ptr()) + a.n * a.maps * nq;
-        if (match) {
-          a.support_scores = static_cast<T*>(support_scores->mutable_data_ptr()) + a.n * ns;
-          a.support_indices = static_cast<int64_t*>(support_indices->mutable_data_ptr()) + a.n * ns;
-          std::fill_n(static_cast<T*>(a.support_scores), ns, T{});
-          std::fill_n(a.support_indices, ns, int64_t(-1));
-        }
-        if (!summed) {
-          for (int64_t first = 0; first < total; first += chunk) {
-            product(first, std::min(total, first + chunk));
-            if (match) FSS_FOR_ISA(dense_cosine::finish_support<T>)(a);
-          }
-        } else {  // a row of candidates is complete when the rows that its windows reach are
-          int64_t first = 0, last = 0;
-          for (int64_t y = 0; y < a.support.height + a.up; y += dense_cosine::kRowsTogether, first = last) {
-            while (last < total && list[last] < (y + dense_cosine::kRowsTogether) * a.support.width) ++last;
-            product(first, last);
-            const int64_t done = std::min(y + dense_cosine::kRowsTogether - a.up, a.support.height);
-            for (a.row = std::max<int64_t>(y - a.up, 0); total > 0 && a.row < done; ++a.row) {
-              const int64_t tasks = FSS_FOR_ISA(dense_cosine::sum_tasks<A>)(a);
-              parallel_tasks(tasks, a.positions / tasks * a.support.width * a.maps * 8,
-                             [&](int64_t begin, int64_t end) { window_sums(a, begin, end); });
-            }
-          }
-        }
-        FSS_FOR_ISA(dense_cosine::finish_query<T>)(a);
-      }
+    if constexpr (std::is_same_v<A, float>) {
+      if (a.screen && screened<T>(a, p.blocks, p.match)) return 1;
     }
+#endif
+    parallel_tasks(p.blocks, a.positions / p.blocks * a.count * a.channels,
+                   [&](int64_t begin, int64_t end) { product(a, begin, end); });
+    return p.blocks;
+  }
+
+  const Plan& p;
+  const Results& r;
+};
+
+Results forward(const Tensor& query, const Tensor& support, const Tensor& mask, const Options& options) {
+  const Results results = allocate(query, support, options);
+  if (query.size(0) == 0) return results;
+  dispatch_floating(query.scalar_type(), kOp, [&](auto t) {
+    using T = typename decltype(t)::type;
+    Run<T>(plan<accumulate_t<T>>(query, support, mask, options, results), results).all();
   });
-  return norms;
+  return results;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dense_cosine_max_fwd(Tensor query, Tensor support, Tensor mask,
@@ -258,26 +364,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dense_cosine_max_fwd(Tensor query, Te
   STD_TORCH_CHECK(masked == "zero" || masked == "exclude", kOp, ": masked must be 'zero' or 'exclude', got '", masked,
                   "'");
   const std::vector<Window> list = check_windows(windows);
-  const std::vector<int64_t> shape{support.size(0), int64_t(list.size()), query.size(2), query.size(3)};
-  const Tensor scores = empty(query, shape, query.scalar_type()), indices = empty(query, shape, ScalarType::Long);
-  const Norms norms =
-      forward(query, support, mask, list, masked == "exclude", eps, eps_mode, scores, indices, nullptr, nullptr);
-  return {scores, indices, norms.query, norms.support};
+  const Results r = forward(query, support, mask, {list, false, masked == "exclude", eps, eps_mode == "add"});
+  return {r.scores, r.indices, r.query_norms, r.support_norms};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dense_cosine_match_fwd(Tensor query, Tensor support,
                                                                                   Tensor mask, double eps,
                                                                                   Text eps_mode) {
   check_inputs(query, support, mask, eps_mode);
-  const auto results = [&](const Tensor& x, ScalarType dtype) {
-    return empty(query, {support.size(0), x.size(2), x.size(3)}, dtype);
-  };
-  const Tensor scores = results(query, query.scalar_type()), indices = results(query, ScalarType::Long);
-  const Tensor support_scores = results(support, query.scalar_type()),
-               support_indices = results(support, ScalarType::Long);
-  const Norms norms =
-      forward(query, support, mask, {{1, 1}}, true, eps, eps_mode, scores, indices, &support_scores, &support_indices);
-  return {scores, support_scores, indices, support_indices, norms.query, norms.support};
+  const std::vector<Window> pixel{{1, 1}};
+  const Results r = forward(query, support, mask, {pixel, true, true, eps, eps_mode == "add"});
+  return {r.scores, r.support_scores, r.indices, r.support_indices, r.query_norms, r.support_norms};
 }
 
 // A gradient and an index of the same shape, the index below `pixels`.

@@ -25,8 +25,6 @@ namespace dynamic_conv2d {
 constexpr int64_t kStripBytes = 64 << 10;  // of the padded x of one strip
 constexpr int64_t kChannelBytes = 64;      // channels_last: a task owns whole cache lines of channels
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // One branch's kernels, or their gradients: (B, C, height, width), and the tap of each of their elements.
 struct Branch {
   void* data;

@@ -12,8 +12,6 @@ using dynamic_conv2d::ConvArgs;
 using dynamic_conv2d::Shift;
 
 constexpr const char* kOp = "dynamic_conv2d";
-// Results at least this large leave the caches before anyone reads them, so they are written past them.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 // The taps of every output, and for every element of every kernel its tap.
 struct Plan {
@@ -131,7 +129,7 @@ std::tuple<Tensor, Tensor> dynamic_conv2d_fwd(Tensor x, std::vector<Tensor> kern
   const Rows rows = as_rows(x);
   ConvArgs args = conv_args(plan, rows, taps);
   args.out = out.mutable_data_ptr();
-  args.stream = out.numel() * int64_t(out.element_size()) >= kStreamBytes;
+  args.stream = leaves_caches(out);
   std::vector<Branch> sources;
   for (size_t l = 0; l < kernels.size(); ++l) sources.push_back(branch(plan, l, kernels[l]));
   dispatch_floating(x.scalar_type(), kOp, [&](auto t) {
@@ -191,7 +189,7 @@ std::tuple<Tensor, std::vector<Tensor>> dynamic_conv2d_bwd(Tensor grad, Tensor x
   args.grad_stride_b = grads.stride_b, args.grad_stride_row = grads.stride_row;
   if (need_x) {
     args.grad_x = grad_x.mutable_data_ptr();
-    args.stream = grad_x.numel() * int64_t(grad_x.element_size()) >= kStreamBytes;
+    args.stream = leaves_caches(grad_x);
   }
   const Tensor grad_taps =
       empty(x, {need_any ? batch : 0, channels, int64_t(plan.taps.size())}, accumulate_dtype(dtype));

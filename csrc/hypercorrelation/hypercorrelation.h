@@ -53,8 +53,6 @@ constexpr int64_t kQueryBytes = int64_t(512) << 10;  // query pixels of one task
 constexpr int64_t kDepthBlock = 256;                 // gradients: pixels summed between two visits of a tile
 constexpr int64_t kGradientBytes = int64_t(400) << 10;  // gradients: sums of one task, in a second-level cache
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t sign_bytes(const Args& a) { return ceil_div(a.support.pixels, 8); }
 
 // Query pixels of one forward task.
@@ -79,6 +77,8 @@ inline int64_t gradient_tasks(const Args& a, const Operand& of, int64_t element)
 #endif
 
 #ifdef FSS_ISA
+#include "common/cosine.h"
+
 namespace fss {
 namespace FSS_ISA {
 namespace hypercorrelation {
@@ -165,11 +165,17 @@ inline A scale_of(A norm, A weight, const Args& a) {
   return weight / (a.add ? norm + A(a.eps) : norm > A(a.eps) || norm != norm ? norm : A(a.eps));
 }
 
-// What multiplies w (x . D) x in the gradient: w m / |m x|. w^2 would leave the range of A for a short vector.
+// What magnifies a vector of this norm, its weight included (common/cosine.h).
 template <class A>
-inline A curvature_of(A norm, A weight, A scale, const Args& a) {
+inline A magnification_of(A norm, A weight) {
+  return norm < kShort<A> * std::abs(weight) ? kMagnified<A> : A(1);
+}
+
+// What multiplies w (x . D) x in the gradient: w m / |m x|, with w = scale. All of a magnified vector.
+template <class A>
+inline A curvature_of(A norm, A weight, A scale, A magnify, const Args& a) {
   if (norm == 0 || (!a.add && norm <= A(a.eps))) return 0;
-  return scale * (weight / norm);
+  return scale / magnify * (weight / (norm * magnify));
 }
 
 template <class A>
@@ -369,20 +375,22 @@ void pack_operands(const Args& a, int64_t begin, int64_t end) {
 }
 
 // The gradient of x from D, the gradient of the normalised vectors (channels, stride), for L pixels:
-// w D - (w m / |m x|) w (x . D) x with w = scale_of(...). 0 where w is 0, whatever x and D hold.
+// w D - (w m / |m x|) w (x . D) x with w = scale_of(...), short vectors magnified. 0 where w is 0, whatever x and D
+// hold.
 template <class T, class A>
 inline void finish_gradient(const Args& a, const Operand& x, int64_t b, int64_t n, int64_t pixels, const A* sums,
                             int64_t stride) {
   constexpr int L = lanes<A>;
   const A* norms = row_of<A>(static_cast<const void*>(x.norms), b, x.pixels) + n;
   const A* weights = x.weights == nullptr ? nullptr : row_of<A>(x.weights, b, x.pixels) + n;
-  A scale[L] = {}, factor[L] = {};
+  A scale[L] = {}, factor[L] = {}, magnify[L] = {};
   for (int64_t p = 0; p < std::min<int64_t>(pixels, L); ++p) {
     const A weight = weights == nullptr ? A(1) : weights[p];
     scale[p] = scale_of(norms[p], weight, a);
-    factor[p] = curvature_of(norms[p], weight, scale[p], a);
+    magnify[p] = magnification_of(norms[p], weight);
+    factor[p] = curvature_of(norms[p], weight, scale[p], magnify[p], a);
   }
-  const vec<A> w = load(scale), f = load(factor);
+  const vec<A> w = load(scale), f = load(factor), longer = load(magnify);
   const panels::ints<A> live = (panels::ints<A>)(w != vec<A>{});
   const T* from = features_at<T>(x, b, n, 0);
   const int64_t step = x.channels_last ? 1 : x.stride_row;
@@ -391,17 +399,17 @@ inline void finish_gradient(const Args& a, const Operand& x, int64_t b, int64_t 
     const int64_t channels = std::min<int64_t>(a.channels - c, L);
     load_block<T>(from + c * step, x.stride_row, x.channels_last, pixels, channels, block);
     vec<A> part = {};
-    for (int64_t k = 0; k < channels; ++k) part += block[k] * load(sums + (c + k) * stride);
+    for (int64_t k = 0; k < channels; ++k) part += block[k] * longer * load(sums + (c + k) * stride);
     total += part;
   }
-  const vec<A> slope = f * (w * total);
+  const vec<A> slope = f * (w / longer * total) * longer;
   const int64_t out_row = x.channels_last ? a.channels : x.pixels;
   T* to = static_cast<T*>(x.gradient) + b * a.channels * x.pixels + (x.channels_last ? n * a.channels : n);
   for (int64_t c = 0; c < a.channels; c += L) {
     const int64_t channels = std::min<int64_t>(a.channels - c, L);
     load_block<T>(from + c * step, x.stride_row, x.channels_last, pixels, channels, block);
     for (int64_t k = 0; k < channels; ++k) {
-      block[k] = (vec<A>)((panels::ints<A>)(w * load(sums + (c + k) * stride) - slope * block[k]) & live);
+      block[k] = (vec<A>)((panels::ints<A>)(w * load(sums + (c + k) * stride) - slope * (block[k] * longer)) & live);
     }
     store_block<T>(to + (x.channels_last ? c : c * x.pixels), out_row, x.channels_last, pixels, channels, block);
   }

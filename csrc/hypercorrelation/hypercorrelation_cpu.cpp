@@ -12,8 +12,6 @@ using hypercorrelation::Args;
 using hypercorrelation::Operand;
 
 constexpr const char* kOp = "hypercorrelation";
-// An output at least this large leaves the caches before anyone reads it, so it is written past them.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 using Layers = std::vector<Tensor>;
 
@@ -89,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers q
   Tensor signs = empty(query, {layers, batch, rows, clamp ? (columns + 7) / 8 : 0}, ScalarType::Byte);
   if (batch == 0) return {out, query_norms, support_norms, weights, signs};
 
-  resize_mask(mask, weights, kOp);
+  resize_mask(mask, weights.mutable_data_ptr(), accumulate, support.size(2), support.size(3), kOp);
   for (int64_t layer = 0; layer < layers; ++layer) {
     const Rows query_rows = as_rows(queries[layer]), support_rows = as_rows(supports[layer]);
     Args args{};
@@ -100,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers q
     args.eps = eps, args.add = eps_mode == "add", args.clamp = clamp;
     args.out = layer_of_sample(out, layer);
     args.out_stride_b = layers * rows * columns;
-    args.stream = out.element_size() >= 4 && out.numel() * int64_t(out.element_size()) >= kStreamBytes;
+    args.stream = out.element_size() >= 4 && leaves_caches(out);
     args.signs = clamp ? static_cast<uint8_t*>(layer_of(signs, layer)) : nullptr;
     dispatch_floating(dtype, kOp, [&](auto t) {
       using T = typename decltype(t)::type;

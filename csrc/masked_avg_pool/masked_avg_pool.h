@@ -42,8 +42,6 @@ constexpr int64_t kRowsPerLevel = 64;  // rows accumulated between two second-le
 constexpr int64_t kSlab = 256;         // channels of one task, channels_last forward
 constexpr int64_t kPixelTask = 64;     // pixels of one task, channels_last backward
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Number of tasks of each step.
 inline int64_t pool_tasks(const PoolArgs& a) {
   return a.batch * (a.channels_last ? ceil_div(a.channels, kSlab) : ceil_div(a.channels, kRows));

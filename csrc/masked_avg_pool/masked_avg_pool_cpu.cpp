@@ -10,8 +10,6 @@ namespace {
 using masked_avg_pool::PoolArgs;
 
 constexpr const char* kOp = "masked_avg_pool";
-// A gradient at least this large leaves the caches before anyone reads it, so it is written past them.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 struct Resize {
   bool adjoint, nearest, align_corners;
@@ -142,7 +140,7 @@ std::tuple<Tensor, Tensor> masked_avg_pool_bwd(Tensor grad, Tensor features, Ten
   args.grad = dense_grad.const_data_ptr();
   if (need_features) {
     args.grad_features = grad_features.mutable_data_ptr();
-    args.stream = grad_features.numel() * int64_t(grad_features.element_size()) >= kStreamBytes;
+    args.stream = leaves_caches(grad_features);
   }
   const Tensor moments =
       empty(features, {need_mask ? batch : 0, masks, resized.size(2), resized.size(3)}, accumulate_dtype(dtype));

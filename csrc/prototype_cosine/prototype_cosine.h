@@ -6,6 +6,8 @@
 //   dL/du[p,c] = sum_n k[p,n] x[c,n]                   k[p,n] = scale g[p,n] / N(|x[n]|)
 //   dL/dw[p] = dL/du / N - w (w . dL/du) / (|w| N^2)   s[n] = scale sum_p g[p,n] cosine[p,n] / (|x[n]| N(|x[n]|))
 //
+// s leaves the range of A before |x| does: short pixels, which no network has, get their gradient in a step of its own.
+//
 // x is N = H*W pixels by C channels, stored as planes (NCHW: a row is one channel) or as channels_last (a row is one
 // pixel). Every step is one of three row operations, so that rows are always read or written in order:
 //   accumulate_rows  weighted sums of rows of x    forward on planes, prototype gradient on channels_last
@@ -19,8 +21,7 @@
 // gradient once. The cosines are kept from the forward (P values a pixel) because s[n] needs all channels of a pixel
 // before the first of them can be written: without them the backward would read x (C values a pixel) once more.
 // Accumulation: float (double for double), at most 256 terms before a second level; prototypes in double. Limits:
-// 64-bit offsets everywhere; a vector whose squared norm underflows counts as zero, one whose squared norm overflows
-// gives NaN.
+// 64-bit offsets everywhere.
 
 #ifndef FSS_PROTOTYPE_COSINE_H
 #define FSS_PROTOTYPE_COSINE_H
@@ -61,8 +62,6 @@ constexpr int64_t kPiece = 256;        // pixels of one task, channels_last back
 constexpr int64_t kBlock = 256;        // pixels whose x stays in L1 between the two gradients, planes
 constexpr int64_t kPixelsAtOnce = 1024;
 constexpr int64_t kPadding = 16;  // of units, in elements: whole vectors of every instruction set
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Pixels of one task, forward on planes: equal pieces of a sample, at least `tasks` in all if they can be 256 pixels.
 // The sums of a pixel do not depend on where its piece begins.
@@ -391,33 +390,24 @@ inline void combine_rows(T* const* out, const T* const* x, int64_t rows, int64_t
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
+// The norm of a prototype, in double; as that of a pixel it is 0 or not finite where its square is in type A.
 template <class T>
 double prototype_norm(const T* w, int64_t channels) {
+  using A = accumulate_t<T>;
   double sums[8] = {};
-  int64_t c = 0;
-  for (; c + 8 <= channels; c += 8) {
-    for (int i = 0; i < 8; ++i) {
-      const double v = double(widen<accumulate_t<T>>(w[c + i]));
-      sums[i] += v * v;
+  A squares[8] = {};
+  for (int64_t c0 = 0; c0 < channels; c0 += 8) {
+    for (int i = 0; i < std::min<int64_t>(channels - c0, 8); ++i) {
+      const A v = widen<A>(w[c0 + i]);
+      sums[i] += double(v) * double(v);
+      squares[i] += v * v;
     }
   }
-  for (int i = 0; c < channels; ++c, ++i) {
-    const double v = double(widen<accumulate_t<T>>(w[c]));
-    sums[i] += v * v;
-  }
+  A squared = 0;
+  for (const A square : squares) squared += square;
+  if (squared == 0 || !(squared - squared == 0)) return double(squared);
   return std::sqrt(((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7])));
 }
-
-// The rules of common/cosine.h for one norm.
-struct Normalisation {
-  double inverse, slope;
-
-  Normalisation(double n, double eps, bool add) {
-    const double divisor = add ? n + eps : std::max(n, eps);
-    inverse = n == 0 ? 0 : 1 / divisor + (n - n);
-    slope = n == 0 || (!add && n <= eps) ? 0 : 1 / (n * divisor);
-  }
-};
 
 // Task: one prototype of a set.
 template <class T>
@@ -426,7 +416,7 @@ void normalise_prototypes(const CosineArgs& args, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const T* w = static_cast<const T*>(args.weights) + task * args.channels;
     A* unit = static_cast<A*>(args.units) + task * args.padded;
-    const double inverse = Normalisation(prototype_norm(w, args.channels), args.eps, args.add).inverse;
+    const double inverse = inverse_norm<double>(broadcast(prototype_norm(w, args.channels)), args.eps, args.add)[0];
     for (int64_t c = 0; c < args.channels; ++c) unit[c] = A(double(widen<A>(w[c])) * inverse);
     std::fill(unit + args.channels, unit + args.padded, A(0));
   }
@@ -549,7 +539,8 @@ void scores(const CosineArgs& args, int64_t begin, int64_t end) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// k and s of pixels; task = kPixelsAtOnce pixels of a sample. k is 0 at a zero vector.
+// k and s of pixels; task = kPixelsAtOnce pixels of a sample. k is 0 at a zero vector; s of a short one is that of the
+// magnified vector (common/cosine.h).
 template <class T>
 void coefficients(const CosineArgs& args, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
@@ -563,7 +554,8 @@ void coefficients(const CosineArgs& args, int64_t begin, int64_t end) {
       const auto read = [&](const auto* p) { return whole ? load(p) : load_partial(p, left); };
       const auto write = [&](A* p, vec<A> v) { whole ? store(p, v) : store_partial(p, v, left); };
       const vec<A> norm = read(static_cast<const A*>(args.norms) + b * args.pixels + n);
-      const vec<A> inverse = inverse_norm<A>(norm, eps, args.add) * scale;
+      const Projection<A> project(norm, eps, args.add);
+      const vec<A> inverse = project.inverse * scale;
       vec<A> slope = {};
       for (int64_t p = 0; p < args.prototypes; ++p) {
         const int64_t at = (b * args.prototypes + p) * args.pixels + n;
@@ -571,7 +563,7 @@ void coefficients(const CosineArgs& args, int64_t begin, int64_t end) {
         slope += g * read(static_cast<const A*>(args.cosines) + at);
         write(static_cast<A*>(args.coefficients) + at, g * inverse);
       }
-      slope = slope * scale * norm_slope<A>(norm, eps, args.add);
+      slope = slope * scale * project.slope * project.magnify;
       write(static_cast<A*>(args.slopes) + b * args.pixels + n, slope);
     }
   }
@@ -680,6 +672,34 @@ void gradients(const CosineArgs& args, int64_t begin, int64_t end) {
   args.channels_last ? gradients_channels_last<T>(args, begin, end) : gradients_planes<T>(args, begin, end);
 }
 
+// The feature gradient of short pixels once more, with the magnified vector; tasks as for coefficients.
+template <class T>
+void short_pixels(const CosineArgs& args, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  const int64_t chunks = ceil_div(args.pixels, kPixelsAtOnce);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / chunks, n0 = task % chunks * kPixelsAtOnce;
+    const A* units = units_of<A>(args, b);
+    for (int64_t n = n0; n < std::min(n0 + kPixelsAtOnce, args.pixels); ++n) {
+      const A norm = static_cast<const A*>(args.norms)[b * args.pixels + n];
+      if (norm == 0 || !(norm < kShort<A>)) continue;
+      const A slope = static_cast<const A*>(args.slopes)[b * args.pixels + n];
+      for (int64_t c = 0; c < args.channels; ++c) {
+        const T* x = static_cast<const T*>(args.features) + b * args.stride_b +
+                     (args.channels_last ? n * args.stride_row + c : c * args.stride_row + n);
+        A sum = 0;
+        for (int64_t p = 0; p < args.prototypes; ++p) {
+          sum += static_cast<const A*>(args.coefficients)[(b * args.prototypes + p) * args.pixels + n] *
+                 units[p * args.padded + c];
+        }
+        const int64_t to =
+            b * args.channels * args.pixels + (args.channels_last ? n * args.channels + c : c * args.pixels + n);
+        static_cast<T*>(args.grad_features)[to] = narrow<T>(sum - slope * (widen<A>(*x) * kMagnified<A>));
+      }
+    }
+  }
+}
+
 // dL/du, the samples of a set and their pieces added in order -> dL/dw; task = one prototype of a set.
 template <class T>
 void grad_prototypes(const CosineArgs& args, int64_t begin, int64_t end) {
@@ -695,12 +715,13 @@ void grad_prototypes(const CosineArgs& args, int64_t begin, int64_t end) {
       const A* from = static_cast<const A*>(args.sums) + ((set * per_set + i) * args.prototypes + p) * args.channels;
       for (int64_t c = 0; c < args.channels; ++c) total[size_t(c)] += double(from[c]);
     }
-    const Normalisation normal(prototype_norm(w, args.channels), args.eps, args.add);
+    const Projection<double> project(broadcast(prototype_norm(w, args.channels)), args.eps, args.add);
+    const double magnify = project.magnify[0], inverse = project.inverse[0];
     double dot = 0;
-    for (int64_t c = 0; c < args.channels; ++c) dot += total[size_t(c)] * double(widen<A>(w[c]));
-    dot = dot * normal.inverse * normal.slope;  // in this order: the product of both may overflow
+    for (int64_t c = 0; c < args.channels; ++c) dot += total[size_t(c)] * (double(widen<A>(w[c])) * magnify);
+    const double along = project.along(broadcast(dot))[0];
     for (int64_t c = 0; c < args.channels; ++c) {
-      out[c] = narrow<T>(A(total[size_t(c)] * normal.inverse - dot * double(widen<A>(w[c]))));
+      out[c] = narrow<T>(A(total[size_t(c)] * inverse - along * (double(widen<A>(w[c])) * magnify)));
     }
   }
 }

@@ -10,8 +10,6 @@ namespace {
 using prototype_cosine::CosineArgs;
 
 constexpr const char* kOp = "prototype_cosine";
-// A gradient at least this large leaves the caches before anyone reads it, so it is written past them.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
 
 void check_inputs(const Tensor& features, const Tensor& prototypes, const std::string& eps_mode) {
   STD_TORCH_CHECK(features.dim() == 4 && prototypes.dim() == 3 && prototypes.size(2) == features.size(1) &&
@@ -42,8 +40,8 @@ CosineArgs cosine_args(const Rows& rows, const Tensor& prototypes, const Tensor&
 }
 
 Tensor empty_units(const Tensor& prototypes) {
-  const int64_t padded = prototype_cosine::ceil_div(prototypes.size(2), prototype_cosine::kPadding);
-  return empty(prototypes, {prototypes.size(0), prototypes.size(1), padded * prototype_cosine::kPadding},
+  return empty(prototypes,
+               {prototypes.size(0), prototypes.size(1), round_up(prototypes.size(2), prototype_cosine::kPadding)},
                accumulate_dtype(prototypes.scalar_type()));
 }
 
@@ -120,7 +118,7 @@ std::tuple<Tensor, Tensor> prototype_cosine_bwd(Tensor grad, Tensor features, Te
   args.slopes = slopes.mutable_data_ptr();
   if (need_features) {
     args.grad_features = grad_features.mutable_data_ptr();
-    args.stream = grad_features.numel() * int64_t(grad_features.element_size()) >= kStreamBytes;
+    args.stream = leaves_caches(grad_features);
   }
   if (need_prototypes) {
     args.sums = sums.mutable_data_ptr();
@@ -135,6 +133,10 @@ std::tuple<Tensor, Tensor> prototype_cosine_bwd(Tensor grad, Tensor features, Te
     run_tasks(FSS_FOR_ISA(prototype_cosine::coefficients<T>), args, tasks, coefficients.numel() / tasks);
     tasks = gradient_tasks(args);
     run_tasks(FSS_FOR_ISA(prototype_cosine::gradients<T>), args, tasks, features.numel() / tasks);
+    if (need_features) {
+      tasks = coefficient_tasks(args);
+      run_tasks(FSS_FOR_ISA(prototype_cosine::short_pixels<T>), args, tasks, dense_norms.numel() / tasks);
+    }
     if (need_prototypes) {
       run_tasks(FSS_FOR_ISA(prototype_cosine::grad_prototypes<T>), args, unit_tasks(args), args.channels);
     }

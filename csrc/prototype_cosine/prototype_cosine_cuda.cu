@@ -3,7 +3,7 @@
 //   cosine[b,p,n] = x[n] . w[p] / (N(|x[n]|) N(|w[p]|)),   score = scale cosine     N(t) = max(t, eps) or t + eps
 //   dL/dx[c,n] = sum_p k[p,n] u[p,c] - s[n] x[c,n]     u[p] = w[p] / N(|w[p]|), k[p,n] = scale g[p,n] / N(|x[n]|)
 //   v[p,c] = sum_n k[p,n] x[c,n],   dL/dw[p] = v / N - w (w . v) / (|w| N^2)
-//   s[n] = scale sum_p g[p,n] cosine[p,n] / (|x[n]| N(|x[n]|))
+//   s[n] = scale sum_p g[p,n] cosine[p,n] / (|x[n]| N(|x[n]|)); of a short vector, that of the magnified one (cosine.h)
 //
 // x is stored as planes (a row is one channel) or channels_last (a row is one pixel). A block owns a tile of the output
 // and loops over what is summed: no atomics. Forward, one launch: a block has 8 groups of V pixels (planes; its warps
@@ -59,17 +59,21 @@ struct Task {  // of a block
 // First prototype of a sample.
 __device__ inline int64_t set_of(const Sizes& s, int64_t b) { return (s.sets == 1 ? 0 : b) * s.prototypes; }
 
-__device__ inline float divisor(const Sizes& s, float norm) { return s.add ? norm + s.eps : fmaxf(norm, s.eps); }
-
 // 1 / N(norm); 0 for a zero vector, NaN for a norm that is not finite.
 __device__ inline float inverse_norm(const Sizes& s, float norm) {
   if (!isfinite(norm)) return __uint_as_float(0x7fc00000u);
-  return norm == 0 ? 0.0f : 1.0f / divisor(s, norm);
+  return norm == 0 ? 0.0f : 1.0f / (s.add ? norm + s.eps : fmaxf(norm, s.eps));
 }
 
-// 1 / (norm N(norm)), 0 where eps alone divides or the vector is 0.
+// The power of two that magnifies a short vector; 1 for any other (common/cosine.h).
+__device__ inline float magnification(float norm) { return norm < 0x1p-32f ? 0x1p64f : 1.0f; }
+
+// What multiplies, with (mx . D) / N, the magnified vector mx in its gradient: 1 / (m norm N(norm)), 0 where eps alone
+// divides or the vector is 0.
 __device__ inline float norm_slope(const Sizes& s, float norm) {
-  return norm == 0 || (!s.add && norm <= s.eps) ? 0.0f : 1.0f / (norm * divisor(s, norm));
+  const float m = magnification(norm), size = norm * m, eps = s.eps * m;
+  if (size == 0 || (!s.add && size <= eps)) return 0;
+  return 1.0f / (size * (s.add ? size + eps : fmaxf(size, eps))) * m;
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -266,7 +270,8 @@ __device__ inline void put_group(T* to, const float (&v)[V]) {
 template <class T, int V, bool ChannelsLast>
 __global__ void __launch_bounds__(kThreads, 2)
     grad_features_kernel(Sizes s, const T* __restrict__ x, const float* __restrict__ k,
-                         const float* __restrict__ slopes, const float* __restrict__ units, T* __restrict__ out) {
+                         const float* __restrict__ slopes, const float* __restrict__ norms,
+                         const float* __restrict__ units, T* __restrict__ out) {
   const Task task(s);  // a tile is kWarps * kRows rows, a piece 32 groups
   const int64_t rows = ChannelsLast ? s.pixels : s.channels, columns = ChannelsLast ? s.channels : s.pixels;
   const int64_t r0 = (task.tile * kWarps + threadIdx.x / kWarp) * kRows;
@@ -295,7 +300,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     load_widened(x + task.b * s.stride_b + (r0 + r) * s.stride_row + j0, value);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      sums[r][j] -= __ldg(slopes + task.b * s.pixels + (ChannelsLast ? r0 + r : j0 + j)) * value[j];
+      const int64_t n = task.b * s.pixels + (ChannelsLast ? r0 + r : j0 + j);
+      sums[r][j] -= __ldg(slopes + n) * (value[j] * magnification(__ldg(norms + n)));
     }
     put_group<T, V>(out + (task.b * rows + r0 + r) * columns + j0, sums[r]);
   }
@@ -409,12 +415,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     v[c] = total;  // read again by this thread
     const float value = widen(w[row + c]);
     square += value * value;
-    dot += value * total;
   }
   const float norm = sqrtf(block_sum<kThreads>(square, scratch[0])), inverse = inverse_norm(s, norm);
-  const float along = block_sum<kThreads>(dot, scratch[1]) * inverse * norm_slope(s, norm);
+  const float m = magnification(norm);
+  for (int64_t c = threadIdx.x; c < s.channels; c += kThreads) dot += widen(w[row + c]) * m * v[c];
+  const float along = block_sum<kThreads>(dot, scratch[1]) * (inverse / m) * norm_slope(s, norm);
   for (int64_t c = threadIdx.x; c < s.channels; c += kThreads) {
-    out[row + c] = narrow<T>(v[c] * inverse - along * widen(w[row + c]));
+    out[row + c] = narrow<T>(v[c] * inverse - along * (widen(w[row + c]) * m));
   }
 }
 
@@ -579,7 +586,8 @@ std::tuple<Tensor, Tensor> prototype_cosine_bwd(Tensor grad, Tensor features, Te
       of_rows.tiles = ceil_div(lines, kWarps * kRows), of_rows.pieces = ceil_div(columns, kWarp * V);
       const auto kernel = rows.channels_last ? grad_features_kernel<T, V, true> : grad_features_kernel<T, V, false>;
       launch(kernel, blocks(of_rows), kThreads, stream, of_rows, const_data<T>(rows.tensor), const_data<float>(k),
-             const_data<float>(slopes), const_data<float>(units), data<T>(grad_features));
+             const_data<float>(slopes), const_data<float>(dense_norms), const_data<float>(units),
+             data<T>(grad_features));
     });
   });
   if (need_prototypes) grad_to_prototypes(sizes, rows, weights, k, grad_prototypes, stream);

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fss_kernels import testing
 from fss_kernels._checks import MASK_DTYPES
-from fss_kernels.ops.masked_avg_pool.reference import resize_mask
+from fss_kernels._resize import resize_mask
 
 # `make fuzz` says how many examples a test has to try; a plain run tries few, always the same.
 COMMON: dict[str, Any] = {

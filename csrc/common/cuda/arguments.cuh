@@ -5,8 +5,6 @@
 
 namespace fss {
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Calls f(type_tag<T>) with the storage type of the features; there are no float64 kernels on a GPU.
 template <class F>
 void dispatch_features(ScalarType dtype, const char* what, F&& f) {

@@ -84,10 +84,11 @@ def dense_cosine_max(
 
     Differentiable in query and support, twice, at the saved index: the cosines of the winning window get 1/(dh*dw) of
     the gradient each; index -1 gets none. The mask is a constant. A zero vector has the cosine 0 and the gradient 0.
-    NaN and Inf in dropped pixels do not count. A query vector that holds one, or whose norm overflows, gives NaN at the
-    pixels whose window holds it (index: the lowest candidate with a kept pixel in its window); a kept support vector
-    gives NaN at all query pixels of its b and s (index: the lowest candidate whose window holds such a vector). B = 0
-    or S = 0 gives an empty result. Deterministic.
+    NaN and Inf in dropped pixels do not count. A query vector that holds one gives NaN at the pixels whose window holds
+    it (index: the lowest candidate with a kept pixel in its window); a kept support vector gives NaN at all query
+    pixels of its b and s (index: the lowest candidate whose window holds such a vector). A vector whose squared norm
+    leaves the range of float32 (float64 for float64) counts as infinite or zero. B = 0 or S = 0 gives an empty result.
+    Deterministic.
 
     Cost: B*C*(Hq*Wq + S*Hs*Ws) elements read, 2*C flops a pair of a query and a kept support pixel. Extra memory:
     C*Hq*Wq floats for one packed sample and a few MB, never the matrix of cosines; norms and indices for the backward,
@@ -149,9 +150,10 @@ def dense_cosine_match(
         equals. Score 0 and index -1 where there is no candidate, and at dropped support pixels.
 
     Differentiable in query and support, twice, at the saved indices. The mask is a constant. A zero vector has the
-    cosine 0 and the gradient 0; NaN and Inf in dropped pixels do not count. A vector that holds one, or whose norm
-    overflows, gives NaN at its own pixel, and at every pixel of the other side that has candidates, there with the
-    index of the lowest such vector. B = 0 or S = 0 gives empty results. Deterministic.
+    cosine 0 and the gradient 0; NaN and Inf in dropped pixels do not count. A vector that holds one gives NaN at its
+    own pixel, and at every pixel of the other side that has candidates, there with the index of the lowest such vector.
+    A vector whose squared norm leaves the range of float32 (float64 for float64) counts as infinite or zero. B = 0 or
+    S = 0 gives empty results. Deterministic.
 
     Cost: as `dense_cosine_max` without windows.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fss_kernels import _cosine
 from fss_kernels._library import accumulate_dtype
-from fss_kernels.ops.hypercorrelation.reference import weights_of
+from fss_kernels._resize import weights_of
 
 
 def per_shot(x: Tensor, support: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def norms_of(query: Tensor, support: Tensor, kept: Tensor) -> tuple[Tensor, Tens
     """Norms of query (B, Hq, Wq) and kept support (N, Hs, Ws); 0 for a dropped pixel, whatever it holds."""
     dtype = accumulate_dtype(query)
     support = torch.where(kept[:, None], support.to(dtype), 0.0)
-    return query.to(dtype).square().sum(1).sqrt(), support.square().sum(1).sqrt()
+    return _cosine.norm_of(query.to(dtype), 1), _cosine.norm_of(support, 1)
 
 
 def units_of(query: Tensor, support: Tensor, kept: Tensor, eps: float, eps_mode: str) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class Sides(NamedTuple):
 
 def _sides(query: Tensor, support: Tensor, mask: Tensor, eps: float, eps_mode: str) -> Sides:
     kept = kept_pixels(mask, support)
-    bad_query, bad_support = (~n.isfinite() for n in norms_of(query.detach(), support.detach(), kept))
+    bad_query, bad_support = (n.isnan() for n in norms_of(query.detach(), support.detach(), kept))
     finite_query = torch.where(bad_query[:, None], 0.0, query)
     q, s = units_of(finite_query, support, kept & ~bad_support, eps, eps_mode)
     return Sides(torch.einsum("nchw,ncyx->nyxhw", q, s), kept, per_shot(bad_query, support), bad_support)
@@ -208,13 +208,6 @@ def scores_at(
     return [maps[output].to(query.dtype) for output in sorted(maps)]
 
 
-def _grad_features(x: Tensor, norm: Tensor, toward: Tensor, eps: float, eps_mode: str) -> Tensor:
-    """The gradient at x from ``toward``, that at the normalised x."""
-    inverse = _cosine.inverse(norm, eps, eps_mode)[:, None]
-    along = (x * toward).sum(1, keepdim=True) * inverse * _cosine.slope(norm, eps, eps_mode)[:, None]
-    return toward * inverse - along * x
-
-
 def grads_at(
     grads: Sequence[Tensor],
     query: Tensor,
@@ -239,10 +232,10 @@ def grads_at(
     if need_query:
         shots = to_q.shape[0] // max(query.shape[0], 1)
         toward = to_q.view(query.shape[0], shots, *query.shape[1:]).sum(1)
-        grad_query = _grad_features(query.to(dtype), query_norm, toward, eps, eps_mode).to(query.dtype)
+        grad_query = _cosine.gradient(toward, query.to(dtype), query_norm, 1, eps, eps_mode).to(query.dtype)
     if need_support:
         kept = torch.where((support_norm != 0)[:, None], support.to(dtype), 0.0)
-        grad_support = _grad_features(kept, support_norm, to_s.view_as(s), eps, eps_mode).to(support.dtype)
+        grad_support = _cosine.gradient(to_s.view_as(s), kept, support_norm, 1, eps, eps_mode).to(support.dtype)
     return grad_query, grad_support
 
 

@@ -38,8 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like, is_channels_last
-from fss_kernels.ops.masked_avg_pool.triton_kernels import _resized
-from fss_kernels.ops.prototype_cosine.triton_kernels import _inverse, _slope
+from fss_kernels._triton import inverse_norm, magnification, norm_slope, resized
 
 TILES = {  # of a product; more spills
     "ieee": {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4},
@@ -76,7 +75,7 @@ def norm_kernel(
     reads = here
     if MASKED:
         image = mask_ptr + b * stride_mb
-        reads = here & (_resized(image, n, here, stride_mh, stride_mw, MH, MW, H, W, False, True, tl.float32) > 0)
+        reads = here & (resized(image, n, here, stride_mh, stride_mw, MH, MW, H, W, False, True, tl.float32) > 0)
         tl.store(kept_ptr + b * N + n, reads.to(tl.int8), mask=here)
     squares = tl.zeros([BLOCK_C, BLOCK_N], dtype=tl.float32)
     for c0 in range(0, tl.where(tl.max(reads.to(tl.int32), axis=0) != 0, C, 0), BLOCK_C):
@@ -170,7 +169,7 @@ def best_kernel(
     n = tl.program_id(2).to(tl.int64)
     columns = j < NQ
     query, support = query_ptr + n // S * stride_qb, support_ptr + n * stride_sb
-    u = _inverse(tl.load(query_norms_ptr + n // S * NQ + j, mask=columns, other=0), eps, ADD)
+    u = inverse_norm(tl.load(query_norms_ptr + n // S * NQ + j, mask=columns, other=0), eps, ADD)
     end = tl.minimum(tl.load(before_ptr + n * (NS + 1) + NS), (chunk + 1) * CHUNK)
     best = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
     index = tl.full([BLOCK_N], -1, dtype=tl.int32)
@@ -182,7 +181,7 @@ def best_kernel(
             support, query, i.to(tl.int64), rows, j, columns, stride_sc, stride_sn, stride_qc, stride_qn, C,
             PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        v = _inverse(tl.load(support_norms_ptr + n * NS + i, mask=rows, other=0), eps, ADD)
+        v = inverse_norm(tl.load(support_norms_ptr + n * NS + i, mask=rows, other=0), eps, ADD)
         c *= v[:, None]
         if MATCH:  # both directions see the same bits
             c *= u[None, :]
@@ -227,8 +226,8 @@ def ring_kernel(
             support_ptr + n * stride_sb, query_ptr + n // S * stride_qb, i, rows, j, columns,
             stride_sc, stride_sn, stride_qc, stride_qn, C, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        v = _inverse(tl.load(support_norms_ptr + n * NS + i, mask=rows, other=0), eps, ADD)
-        u = _inverse(tl.load(query_norms_ptr + n // S * NQ + j, mask=columns, other=0), eps, ADD)
+        v = inverse_norm(tl.load(support_norms_ptr + n * NS + i, mask=rows, other=0), eps, ADD)
+        u = inverse_norm(tl.load(query_norms_ptr + n // S * NQ + j, mask=columns, other=0), eps, ADD)
         to = ring_ptr + (tl.program_id(2).to(tl.int64) * SLOTS + p % SLOTS)[:, None] * NQ + j[None, :]
         tl.store(to, c * v[:, None] * u[None, :], mask=rows[:, None] & columns[None, :])
 
@@ -328,17 +327,20 @@ def finish_kernel(
 def _finish_gradient(
     x, along, out, toward, norm, channels, here, N, eps, WRITE: tl.constexpr, ADD: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """The part of x . toward that this tile of channels has, or, WRITE, the gradient at x from `toward`, that at the
-    normalised x; 0 for a zero vector, whatever a dropped one holds. The tiles' parts of `along` are N apart."""
+    """The part of x . toward that this tile of channels has, x magnified, or, WRITE, the gradient at x from `toward`,
+    that at the normalised x; 0 for a zero vector, whatever a dropped one holds. The tiles' parts of `along` are N
+    apart."""
     live = here & (norm != 0)
-    value = tl.load(x, mask=channels[:, None] & live[None, :], other=0).to(tl.float32)
+    factor = magnification(norm)
+    value = tl.load(x, mask=channels[:, None] & live[None, :], other=0).to(tl.float32) * factor[None, :]
     if WRITE:
         total = tl.zeros([BLOCK_N], dtype=tl.float32)
         for _ in range(tl.num_programs(1)):
             total += tl.load(along, mask=here, other=0)
             along += N
-        u = _inverse(norm, eps, ADD)
-        result = toward * u[None, :] - (total * u * _slope(norm, eps, ADD))[None, :] * value
+        size, scaled = norm * factor, eps * factor
+        total = total * inverse_norm(size, scaled, ADD) * norm_slope(size, scaled, ADD) * factor
+        result = toward * inverse_norm(norm, eps, ADD)[None, :] - total[None, :] * value
         result = tl.where(live[None, :], result, 0.0)
         tl.store(out, result.to(out.dtype.element_ty), mask=channels[:, None] & here[None, :])
     else:
@@ -371,7 +373,7 @@ def grad_query_kernel(
                 i = tl.load(index_ptr + at, mask=inside, other=-1).to(tl.int32)
                 sy, sx = i // WS + oy, i % WS + ox
                 inside = inside & (i >= 0) & (sy >= 0) & (sy < HS) & (sx >= 0) & (sx < WS)
-                v = _inverse(tl.load(support_norms_ptr + of * NS + sy * WS + sx, mask=inside, other=0), eps, ADD)
+                v = inverse_norm(tl.load(support_norms_ptr + of * NS + sy * WS + sx, mask=inside, other=0), eps, ADD)
                 weight = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float32) / (dh * dw) * v
                 pixel = (sy * WS + sx).to(tl.int64)
                 other = support_ptr + of * stride_sb + c[:, None] * stride_sc + pixel[None, :] * stride_sn
@@ -407,7 +409,7 @@ def pairs_kernel(
     y, x, ty, tx = chosen // W + oy, chosen % W + ox, from_ // WT + oy, from_ % WT + ox
     inside = here & (i >= 0) & (y >= 0) & (y < H) & (x >= 0) & (x < W) & (ty >= 0) & (ty < HT) & (tx >= 0) & (tx < WT)
     other = tl.where(inside, ty * WT + tx, 0)
-    v = _inverse(tl.load(norms_ptr + sample * HT * WT + other, mask=inside, other=0), eps, ADD)
+    v = inverse_norm(tl.load(norms_ptr + sample * HT * WT + other, mask=inside, other=0), eps, ADD)
     g = tl.load(grad_ptr + m * stride_gm + j, mask=here, other=0).to(tl.float32)
     at = m * total + start + e * count + j
     tl.store(to_ptr + at, tl.where(v == 0, -1, y * W + x), mask=here)

@@ -75,7 +75,8 @@ def hypercorrelation(
     Differentiable in query and support, twice. The mask is a constant: a cosine does not change with the length of a
     vector. Where the output is 0 by the clamp there is no gradient. A zero vector, such as one under mask 0, has cosine
     0 and gradient 0. NaN or Inf where the resized mask is 0 does not count; elsewhere a query or support vector that
-    holds one, or whose norm overflows, gives NaN at all its pairs. B = 0 gives an empty result. Deterministic.
+    holds one gives NaN at all its pairs. A feature vector whose squared norm leaves the range of float32 (float64 for
+    float64) counts as infinite or zero. B = 0 gives an empty result. Deterministic.
 
     Cost: B*C*(Ha*Wa + Hb*Wb) elements read, B*Ha*Wa*Hb*Wb written, 2*C flops an output; support pixels of mask 0 that
     lie together cost nothing. Extra memory: the packed support in float32 (of as many samples as fit 16 MB, at least

@@ -3,51 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fss_kernels import _cosine
 from fss_kernels._library import accumulate_dtype
-from fss_kernels.ops.masked_avg_pool.reference import resize_mask
+from fss_kernels._resize import weights_of
 
 
-def norm(x: Tensor) -> Tensor:
-    """Norms of the vectors x (B, C, H, W) over C, (B, H, W); NaN where one is not finite."""
-    squares = (x * x).sum(1)
-    zero = squares == 0
-    n = torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
-    return torch.where(n.isfinite(), n, torch.nan)
+class Weighed(NamedTuple):
+    """Support vectors under a mask: w x / N(|w x|) is sign(w) x / N(|x|) with eps / |w| for eps."""
+
+    x: Tensor  # (B, C, H, W), 0 where w x counts as zero, whatever the support holds
+    norm: Tensor  # (B, H, W), |w| |x|
+    eps: Tensor  # (B, 1, H, W)
+    sign: Tensor  # (B, 1, H, W)
 
 
-def normalise(x: Tensor, eps: float, eps_mode: str) -> Tensor:
-    """x / (n + eps) or x / max(n, eps) with n the norm; 0, value and gradient, for a zero vector."""
-    n = norm(x)
-    zero = n == 0
-    n = torch.where(zero, 1.0, n)
-    denominator = n + eps if eps_mode == "add" else torch.where(n <= eps, eps, n)
-    return torch.where(zero[:, None], 0.0, x / denominator[:, None])
+def weigh(support: Tensor, weights: Tensor, eps: float, norm: Tensor | None = None) -> Weighed:
+    """support (B, C, H, W) under weights (B, H, W), of which |w| |x| may be known."""
+    size = weights.abs()
+    x = torch.where((size == 0)[:, None], 0.0, support)
+    norm = size * _cosine.norm_of(x.detach(), 1) if norm is None else norm
+    x = torch.where((norm == 0)[:, None], 0.0, torch.where(norm.isfinite()[:, None], x, torch.nan))
+    return Weighed(x, norm, eps / torch.where(size == 0, 1.0, size)[:, None], weights.sign()[:, None])
 
 
-def weigh(support: Tensor, weights: Tensor) -> Tensor:
-    """support (B, C, H, W) times weights (B, H, W); 0 where the weight is 0, whatever the support holds."""
-    return torch.where((weights == 0)[:, None], 0.0, support) * weights[:, None]
+def normalised(support: Weighed, eps_mode: str) -> Tensor:
+    """w x / N(|w x|)."""
+    return support.sign * _cosine.normalised(support.x, 1, support.eps, eps_mode)
 
 
 def correlate(query: Tensor, support: Tensor, weights: Tensor, eps: float, eps_mode: str, clamp: bool) -> Tensor:
     """Hypercorrelation for a mask that is on the support's grid already."""
     dtype = accumulate_dtype(query)
-    q = normalise(query.to(dtype), eps, eps_mode)
-    s = normalise(weigh(support.to(dtype), weights.to(dtype)), eps, eps_mode)
+    q = _cosine.normalised(query.to(dtype), 1, eps, eps_mode)
+    s = normalised(weigh(support.to(dtype), weights.to(dtype), eps), eps_mode)
     cosine = torch.einsum("bchw,bcyx->bhwyx", q, s)
     if clamp:
         cosine = torch.where(cosine <= 0, 0.0, cosine)  # NaN stays; no gradient where the cosine is not above 0
     return cosine.to(query.dtype)
-
-
-def weights_of(mask: Tensor, support: Tensor) -> Tensor:
-    """mask (B, h, w) on the support's grid, bilinear with aligned corners, in the accumulation dtype."""
-    mask = mask.to(accumulate_dtype(support))
-    return resize_mask(mask[:, None], support.shape[-2], support.shape[-1], "bilinear", True)[:, 0]
 
 
 def correlate_level(
@@ -92,21 +89,9 @@ def hypercorrelation_fwd(
     if clamp:
         flags = ~(correlation.flatten(4).flatten(2, 3) <= 0)
         signs = torch.stack([pack_bits(layer) for layer in flags.unbind(1)])
-    query_norms = torch.stack([norm(q) for q in wide_queries])
-    support_norms = torch.stack([norm(weigh(s, weights)) for s in wide_supports])
+    query_norms = torch.stack([_cosine.norm_of(q, 1) for q in wide_queries])
+    support_norms = torch.stack([weigh(s, weights, eps).norm for s in wide_supports])
     return correlation.to(queries[0].dtype), query_norms, support_norms, weights, signs
-
-
-def _grad_normalised(g: Tensor, x: Tensor, n: Tensor, eps: float, eps_mode: str) -> Tensor:
-    """Gradient to x of `normalise`, from g, that to its result, and the norms n."""
-    n = n[:, None]
-    safe = torch.where(n == 0, 1.0, n)
-    denominator = n + eps if eps_mode == "add" else torch.where(n <= eps, eps, n)
-    denominator = torch.where(n == 0, 1.0, denominator)
-    along = x / safe * ((x / denominator * g).sum(1, keepdim=True) / denominator)  # no product of norms: it may be 0
-    if eps_mode == "clamp":
-        along = torch.where(n <= eps, 0.0, along)
-    return torch.where(n == 0, 0.0, g / denominator - along)
 
 
 def hypercorrelation_bwd(
@@ -130,17 +115,18 @@ def hypercorrelation_bwd(
     grad_queries, grad_supports = [], []
     for layer, (query, support) in enumerate(zip(queries, supports, strict=True)):
         grad_query, grad_support = query.new_empty(0), support.new_empty(0)
-        q, s, g = query.to(dtype), weigh(support.to(dtype), weights), grad[:, layer].to(dtype)
+        q, g = query.to(dtype), grad[:, layer].to(dtype)
+        s = weigh(support.to(dtype), weights, eps, support_norms[layer])
         if clamp:
             live = unpack_bits(signs[layer], support.shape[2:].numel()).view(g.shape)
             g = torch.where(live, g, 0.0)
         if need_queries[layer]:
-            d = torch.einsum("bhwyx,bcyx->bchw", g, normalise(s, eps, eps_mode))
-            grad_query = _grad_normalised(d, q, query_norms[layer], eps, eps_mode).to(query.dtype)
+            d = torch.einsum("bhwyx,bcyx->bchw", g, normalised(s, eps_mode))
+            grad_query = _cosine.gradient(d, q, query_norms[layer], 1, eps, eps_mode).to(query.dtype)
         if need_supports[layer]:
-            d = torch.einsum("bhwyx,bchw->bcyx", g, normalise(q, eps, eps_mode))
-            d = _grad_normalised(d, s, support_norms[layer], eps, eps_mode)
-            grad_support = weigh(d, weights).to(support.dtype)
+            d = torch.einsum("bhwyx,bchw->bcyx", g, _cosine.normalised(q, 1, eps, eps_mode))
+            d = _cosine.gradient(s.sign * d, s.x, _cosine.norm_of(s.x, 1), 1, s.eps, eps_mode)
+            grad_support = d.to(support.dtype)
         grad_queries.append(grad_query)
         grad_supports.append(grad_support)
     return grad_queries, grad_supports, mask.new_empty(0)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fss_kernels._library import TRITON_INTERPRETED, empty_rows_like, is_channels_last
-from fss_kernels.ops.masked_avg_pool.triton_kernels import _resized
+from fss_kernels._triton import magnification, norm_divisor, resized
 
 TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}  # float32: more depth spills
 HALF_TILE = {**TILE, "BLOCK_K": 32}
@@ -38,14 +38,13 @@ WIDEN = TRITON_INTERPRETED  # whose products of half precision are wrong
 @triton.jit
 def _scale(norm, weight, eps, ADD: tl.constexpr):
     """What multiplies a vector of this norm (weight included) and weight; 0 for a zero vector."""
-    denominator = norm + eps if ADD else tl.where(norm <= eps, eps, norm)
-    return tl.where(norm == 0, 0.0, weight / tl.where(norm == 0, 1.0, denominator))
+    return tl.where(norm == 0, 0.0, weight / tl.where(norm == 0, 1.0, norm_divisor(norm, eps, ADD)))
 
 
 @triton.jit
 def _norm(squares, weight):
     """|weight| times the root of a sum of squares; NaN where not finite."""
-    norm = tl.abs(weight) * tl.sqrt(squares)
+    norm = tl.abs(weight) * tl.sqrt_rn(squares)
     return tl.where(norm - norm == 0, norm, float("nan"))
 
 
@@ -84,7 +83,7 @@ def level_kernel(
             support = supports_ptr[of]
     rows, columns = i < NA, j < NB
     mask = mask_ptr + b * stride_mb
-    weight = _resized(mask, j, columns, stride_mh, stride_mw, MH, MW, HB, WB, False, True, tl.float32)
+    weight = resized(mask, j, columns, stride_mh, stride_mw, MH, MW, HB, WB, False, True, tl.float32)
     weight = tl.where(columns, weight, 0.0)
     kept = weight != 0
     any_kept = tl.max(kept.to(tl.int32), axis=0) != 0
@@ -171,7 +170,9 @@ def finish_kernel(
     norm = tl.load(norms_ptr + b * N + n, mask=here, other=0)
     scale = _scale(norm, weight, eps, ADD)
     live = here & (scale != 0)
-    curvature = scale * (weight / tl.where(norm == 0, 1.0, norm))
+    factor = magnification(norm / tl.where(norm == 0, 1.0, tl.abs(weight))) if WEIGHTED else magnification(norm)
+    scaled = scale / factor
+    curvature = scaled * (weight / tl.where(norm == 0, 1.0, norm * factor))
     if not ADD:
         curvature = tl.where(norm <= eps, 0.0, curvature)
     along = tl.zeros([BLOCK_N], dtype=tl.float32)
@@ -179,14 +180,15 @@ def finish_kernel(
         c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         inside = (c < C)[:, None] & live[None, :]
         x = tl.load(_at(x_ptr, b, c[:, None], n[None, :], C, N, LAST), mask=inside, other=0).to(tl.float32)
+        x *= factor[None, :]
         along += tl.sum(x * tl.load(sums_ptr + (b * C + c)[:, None] * N + n[None, :], mask=inside, other=0), axis=0)
-    slope = curvature * (scale * along)  # scale^2 would overflow for a short vector
+    slope = curvature * (scaled * along) * factor
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         inside = (c < C)[:, None] & live[None, :]
         x = tl.load(_at(x_ptr, b, c[:, None], n[None, :], C, N, LAST), mask=inside, other=0).to(tl.float32)
         d = tl.load(sums_ptr + (b * C + c)[:, None] * N + n[None, :], mask=inside, other=0)
-        result = tl.where(live[None, :], scale[None, :] * d - slope[None, :] * x, 0.0)
+        result = tl.where(live[None, :], scale[None, :] * d - slope[None, :] * (x * factor[None, :]), 0.0)
         to = _at(out_ptr, b, c[:, None], n[None, :], C, N, LAST)
         tl.store(to, result.to(out_ptr.dtype.element_ty), mask=(c < C)[:, None] & here[None, :])
 

@@ -18,44 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fss_kernels._library import TRITON_INTERPRETED, accumulate_dtype, empty_rows_like
+from fss_kernels._triton import resized, tap_at
 
 MASKS = 4  # masks that share one read of the features
 PIECE = 1024  # pixels of one partial sum
 BLOCK = 4096 if TRITON_INTERPRETED else 256  # elements of a program that has no tile: the interpreter pays per program
-
-
-@triton.jit
-def _tap(i, source, target, NEAREST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr):
-    """Row i of the interpolation matrix R(source -> target): low index, weight of low + 1. Exact positions."""
-    if NEAREST:
-        numerator = i * source // target
-        denominator = i * 0 + 1
-    elif ALIGN:
-        numerator = i * (source - 1)
-        denominator = i * 0 + tl.maximum(target - 1, 1)
-    else:
-        numerator = tl.maximum((2 * i + 1) * source - target, 0)
-        denominator = i * 0 + 2 * target
-    low = tl.minimum(numerator // denominator, source - 1)
-    high_weight = tl.where(low == source - 1, 0.0, (numerator % denominator).to(ACC) / denominator.to(ACC))
-    return low, high_weight.to(ACC)
-
-
-@triton.jit
-def _resized(
-    image, n, inside, stride_h, stride_w, SH, SW, TH, TW,
-    NEAREST: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Pixels n of the target grid of R_h image R_w^T, `image` a pointer; four loads a pixel."""
-    y, wy = _tap(n // TW, SH, TH, NEAREST, ALIGN, ACC)
-    x, wx = _tap(n % TW, SW, TW, NEAREST, ALIGN, ACC)
-    at = image + y * stride_h + x * stride_w
-    below, right = wy != 0, wx != 0
-    value = tl.load(at, mask=inside, other=0).to(ACC) * (1 - wx)
-    value += tl.load(at + stride_w, mask=inside & right, other=0).to(ACC) * wx
-    low = tl.load(at + stride_h, mask=inside & below, other=0).to(ACC) * (1 - wx)
-    low += tl.load(at + stride_h + stride_w, mask=inside & below & right, other=0).to(ACC) * wx
-    return tl.where(below, value * (1 - wy) + low * wy, value)
 
 
 @triton.jit
@@ -68,7 +35,7 @@ def resize_kernel(
     n = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = n < TH * TW
     source = source_ptr + image // M * stride_b + image % M * stride_m
-    value = _resized(source, n, inside, stride_h, stride_w, SH, SW, TH, TW, NEAREST, ALIGN, ACC)
+    value = resized(source, n, inside, stride_h, stride_w, SH, SW, TH, TW, NEAREST, ALIGN, ACC)
     tl.store(target_ptr + image * TH * TW + n, value.to(target_ptr.dtype.element_ty), mask=inside)
 
 
@@ -92,7 +59,7 @@ def transposed_axis_kernel(
     total = tl.zeros([BLOCK], dtype=ACC)
     for tap in range(taps):
         s = first + tap
-        low, high_weight = _tap(s, T, S, NEAREST, ALIGN, ACC)
+        low, high_weight = tap_at(s, T, S, NEAREST, ALIGN, ACC)
         weight = tl.where(low == t, 1 - high_weight, tl.where(low + 1 == t, high_weight, 0.0)).to(ACC)
         value = tl.load(base + s * stride_s, mask=inside & (s < S) & (weight != 0), other=0).to(ACC)
         total += weight * value

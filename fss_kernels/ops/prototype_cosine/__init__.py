@@ -40,8 +40,9 @@ def prototype_cosine(
         (B, P, H, W), contiguous, in the dtype of the features.
 
     Differentiable in features and prototypes, twice. A zero vector has the cosine 0 and the gradient 0, a pixel or a
-    prototype whose norm is NaN or infinite the cosine NaN everywhere it takes part; a vector whose squared norm
-    leaves the range of float32 counts as infinite or zero. B = 0 or P = 0 gives an empty result. Deterministic.
+    prototype whose norm is NaN or infinite the cosine NaN everywhere it takes part; a vector whose squared norm leaves
+    the range of float32 (float64 for float64) counts as infinite or zero. B = 0 or P = 0 gives an empty result.
+    Deterministic.
 
     Cost: B*C*H*W elements read once for all maps and the norms, 2*(P+1) flops each; extra memory B*(P+1)*H*W floats,
     which the backward uses (it reads the features once more, for both gradients). P*C floats for normalised prototypes.

@@ -23,8 +23,8 @@ def prototype_cosine_fwd(
     """The forward op: scores (B, P, H, W), the cosines before scaling and rounding, norms of the pixels (B, H, W)."""
     dtype = accumulate_dtype(features)
     x, w = features.to(dtype), prototypes.to(dtype)
-    norms = x.square().sum(1).sqrt()
-    units = w * _cosine.inverse(w.square().sum(2).sqrt(), eps, eps_mode)[..., None]
+    norms = _cosine.norm_of(x, 1)
+    units = w * _cosine.inverse(_cosine.norm_of(w, 2), eps, eps_mode)[..., None]
     dots = torch.einsum("bchw,bpc->bphw", x, units.expand(x.shape[0], -1, -1))
     cosines = dots * _cosine.inverse(norms, eps, eps_mode)[:, None]
     return (scale * cosines).to(features.dtype).contiguous(), cosines.contiguous(), norms
@@ -45,18 +45,18 @@ def prototype_cosine_bwd(
     """The backward op: the gradient at a normalised vector, minus its part along the vector (README.md)."""
     grad_features, grad_prototypes = features.new_empty(0), prototypes.new_empty(0)
     x, w, g = (t.to(norms.dtype) for t in (features, prototypes, grad))
-    w_norms = w.square().sum(2).sqrt()
-    w_inverse = _cosine.inverse(w_norms, eps, eps_mode)[..., None]
+    w_norms = _cosine.norm_of(w, 2)
     k = scale * g * _cosine.inverse(norms, eps, eps_mode)[:, None]
     if need_features:
-        toward = torch.einsum("bphw,bpc->bchw", k, (w * w_inverse).expand(x.shape[0], -1, -1))
-        along = scale * (g * cosines).sum(1) * _cosine.slope(norms, eps, eps_mode)
-        grad_features = (toward - along[:, None] * x).to(features.dtype)
+        units = w * _cosine.inverse(w_norms, eps, eps_mode)[..., None]
+        toward = torch.einsum("bphw,bpc->bchw", k, units.expand(x.shape[0], -1, -1))
+        factor = _cosine.magnification(norms)
+        along = scale * (g * cosines).sum(1) * _cosine.slope(norms * factor, eps * factor, eps_mode) * factor
+        grad_features = (toward - along[:, None] * (x * factor[:, None])).to(features.dtype)
     if need_prototypes:
         sums = [(x * k_p[:, None]).sum((2, 3)) for k_p in k.unbind(1)]  # pairwise: a matrix product loses digits
         toward = torch.stack(sums, 1) if sums else x.new_zeros(x.shape[0], 0, x.shape[1])
         if prototypes.shape[0] != features.shape[0]:  # shared by the batch
             toward = toward.sum(0, keepdim=True)
-        along = (toward * w).sum(2, keepdim=True) * w_inverse * _cosine.slope(w_norms, eps, eps_mode)[..., None]
-        grad_prototypes = (toward * w_inverse - along * w).to(prototypes.dtype)
+        grad_prototypes = _cosine.gradient(toward, w, w_norms, 2, eps, eps_mode).to(prototypes.dtype)
     return grad_features, grad_prototypes

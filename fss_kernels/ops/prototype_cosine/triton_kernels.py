@@ -20,35 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fss_kernels._library import accumulate_dtype, empty_rows_like
+from fss_kernels._triton import inverse_norm, magnification, norm_slope
 
 PROTOTYPES = 4  # prototypes that share one read of the features
 PIECE = 1024  # pixels of one partial sum
 BLOCK = 256  # channels of a step along one prototype
-
-
-@triton.jit
-def _divisor(norm, eps, ADD: tl.constexpr):
-    if ADD:
-        return norm + eps
-    return tl.maximum(norm, eps)
-
-
-@triton.jit
-def _inverse(norm, eps, ADD: tl.constexpr):
-    """1 / N(norm); 0 for a zero vector, NaN for a norm that is not finite."""
-    zero = norm == 0
-    inverse = tl.where(zero, 0.0, 1 / tl.where(zero, 1.0, _divisor(norm, eps, ADD)))
-    return tl.where((norm - norm) == 0, inverse, float("nan"))
-
-
-@triton.jit
-def _slope(norm, eps, ADD: tl.constexpr):
-    """1 / (norm N(norm)), 0 where eps alone divides or the vector is 0."""
-    if ADD:
-        constant = norm == 0
-    else:
-        constant = norm <= eps
-    return tl.where(constant, 0.0, 1 / tl.where(constant, 1.0, norm * _divisor(norm, eps, ADD)))
 
 
 @triton.jit
@@ -60,7 +36,7 @@ def unit_kernel(w_ptr, unit_ptr, eps, C, ADD: tl.constexpr, ACC: tl.constexpr, B
         c = c0 + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + row + c, mask=c < C, other=0).to(ACC)
         squares += w * w
-    inverse = _inverse(tl.sqrt_rn(tl.sum(squares, axis=0)), eps, ADD)
+    inverse = inverse_norm(tl.sqrt_rn(tl.sum(squares, axis=0)), eps, ADD)
     for c0 in range(0, C, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + row + c, mask=c < C, other=0).to(ACC)
@@ -93,7 +69,7 @@ def scores_kernel(
         squares += tl.sum(x * x, axis=0)
         dots += tl.sum(u[:, :, None] * x[None, :, :], axis=1)
     norm = tl.sqrt_rn(squares)
-    cosines = dots * _inverse(norm, eps, ADD)[None, :]
+    cosines = dots * inverse_norm(norm, eps, ADD)[None, :]
     here = (p < P)[:, None] & (n < N)[None, :]
     at = (b * P + p)[:, None] * N + n[None, :]
     tl.store(cosines_ptr + at, cosines, mask=here)
@@ -112,7 +88,7 @@ def grad_features_kernel(
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(2).to(tl.int64)
     norm = tl.load(norms_ptr + b * N + n, mask=n < N, other=0)
-    inverse = _inverse(norm, eps, ADD) * scale
+    inverse = inverse_norm(norm, eps, ADD) * scale
     total = tl.zeros([BLOCK_C, BLOCK_N], dtype=ACC)
     along = tl.zeros([BLOCK_N], dtype=ACC)
     for p in range(P):
@@ -123,7 +99,9 @@ def grad_features_kernel(
     here = (c < C)[:, None] & (n < N)[None, :]
     pixels = b * stride_b + n // W * stride_h + n % W * stride_w
     x = tl.load(x_ptr + c[:, None] * stride_c + pixels[None, :], mask=here, other=0).to(ACC)
-    total -= (along * scale * _slope(norm, eps, ADD))[None, :] * x
+    factor = magnification(norm)
+    along = along * scale * norm_slope(norm * factor, eps * factor, ADD) * factor
+    total -= along[None, :] * (x * factor[None, :])
     out = out_ptr + b * C * N + c[:, None] * stride_out_c + n[None, :] * stride_out_n
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=here)
 
@@ -143,7 +121,7 @@ def sums_kernel(
     total = tl.zeros([PROTOTYPES, BLOCK_C, BLOCK_N], dtype=ACC)
     for n0 in range(0, PIECE, BLOCK_N):
         n = piece * PIECE + n0 + tl.arange(0, BLOCK_N)
-        inverse = _inverse(tl.load(norms_ptr + b * N + n, mask=n < N, other=0), eps, ADD) * scale
+        inverse = inverse_norm(tl.load(norms_ptr + b * N + n, mask=n < N, other=0), eps, ADD) * scale
         g = tl.load(
             grad_ptr + (b * P + p)[:, None] * N + n[None, :], mask=(p < P)[:, None] & (n < N)[None, :], other=0
         ).to(ACC)
@@ -178,13 +156,18 @@ def grad_prototypes_kernel(
         c = c0 + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + row * C + c, mask=c < C, other=0).to(ACC)
         squares += w * w
-        dots += w * _summed(partial_ptr, first, per_set, P, C, c, ACC, BLOCK)
     norm = tl.sqrt_rn(tl.sum(squares, axis=0))
-    inverse = _inverse(norm, eps, ADD)
-    along = tl.sum(dots, axis=0) * inverse * _slope(norm, eps, ADD)
+    inverse = inverse_norm(norm, eps, ADD)
+    factor = magnification(norm)
     for c0 in range(0, C, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
-        w = tl.load(w_ptr + row * C + c, mask=c < C, other=0).to(ACC)
+        w = tl.load(w_ptr + row * C + c, mask=c < C, other=0).to(ACC) * factor
+        dots += w * _summed(partial_ptr, first, per_set, P, C, c, ACC, BLOCK)
+    size, scaled = norm * factor, eps * factor
+    along = tl.sum(dots, axis=0) * inverse_norm(size, scaled, ADD) * norm_slope(size, scaled, ADD) * factor
+    for c0 in range(0, C, BLOCK):
+        c = c0 + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + row * C + c, mask=c < C, other=0).to(ACC) * factor
         result = _summed(partial_ptr, first, per_set, P, C, c, ACC, BLOCK) * inverse - along * w
         tl.store(out_ptr + row * C + c, result.to(out_ptr.dtype.element_ty), mask=c < C)
 

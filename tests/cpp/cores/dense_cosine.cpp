@@ -31,7 +31,7 @@ bool screened(Args& a, int64_t blocks, bool match, int threads) {
     std::vector<int32_t> done;
     for (const bool first : {true, false}) {
       std::vector<core::RowJob> jobs = core::row_jobs(a, first, done);
-      run(dense_cosine::ceil_div(int64_t(jobs.size()), core::kPanel), threads,
+      run(ceil_div(int64_t(jobs.size()), core::kPanel), threads,
           [&](int64_t begin, int64_t end) { core::rescore_rows(a, jobs, begin, end); });
       core::keep_rows(a, jobs);
     }
@@ -99,7 +99,7 @@ void one(Random& random) {
   for (const Array<T>* g : {&grad, &support_grad}) g->each([&](T& v) { v = number<T>(2 * random.real() - 1); });
   const int64_t columns = core::columns_of_strip<A>(), strip_rows = core::rows_of_strip<A>();
   const int64_t chunk =
-      dense_cosine::round_up(std::min(summed ? dense_cosine::kRowsTogether * sw : random.size(2 * ns), ns), strip_rows);
+      round_up(std::min(summed ? dense_cosine::kRowsTogether * sw : random.size(2 * ns), ns), strip_rows);
 
   struct Results {
     Array<A> query_norms, support_norms;
@@ -128,9 +128,9 @@ void one(Random& random) {
                  sw,
                  r->support_norms.data,
                  nullptr};
-    a.positions = dense_cosine::round_up(qh * padded_width(a), columns);
+    a.positions = round_up(qh * padded_width(a), columns);
     a.ring_rows = summed ? 2 * a.up + dense_cosine::kRowsTogether : 0;
-    const int64_t blocks = core::product_tasks<A>(a), half = a.screen ? dense_cosine::ceil_div(channels, 2) : 0;
+    const int64_t blocks = core::product_tasks<A>(a), half = a.screen ? ceil_div(channels, 2) : 0;
     const Array<int32_t> pixel_of({a.positions}, fill), kept({ns}, fill);
     const Array<A> packed_query({a.positions * channels}, fill), packed_support({chunk * channels}, fill);
     const Array<A> query_scales({a.positions}, fill), support_scales({chunk}, fill), best({maps * a.positions}, fill);
@@ -159,7 +159,7 @@ void one(Random& random) {
     const auto product = [&](int64_t first, int64_t last) {
       a.first = first, a.count = last - first;
       if (a.count == 0) return;
-      step(dense_cosine::ceil_div(a.count, strip_rows), core::pack_support<T>);
+      step(ceil_div(a.count, strip_rows), core::pack_support<T>);
       a.row_blocks = blocks;
       if (a.screen && screened<T>(a, blocks, match, threads)) return;
       step(blocks, summed ? core::cosines<T> : match ? core::maxima<T, true> : core::maxima<T, false>);

@@ -30,7 +30,7 @@ void one(Random& random) {
     const int64_t b = random.below(batch), n = random.below(pixels), p = random.below(count);
     for (int64_t c = 0; c < channels; ++c) x(b, c, n) = prototypes(sets - 1, p, c) = T{};
   }
-  const int64_t padded = prototype_cosine::ceil_div(channels, prototype_cosine::kPadding) * prototype_cosine::kPadding;
+  const int64_t padded = ceil_div(channels, prototype_cosine::kPadding) * prototype_cosine::kPadding;
 
   struct Results {
     Array<A> units, norms, cosines, coefficients, slopes;
