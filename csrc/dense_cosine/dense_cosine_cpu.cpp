@@ -391,9 +391,8 @@ void check_index(const Tensor& grad, const Tensor& index, ScalarType dtype, cons
 
 // What both backward ops share; `pairs` of one sample and shot at most. Gradients that are not wanted have 0 elements.
 std::tuple<Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Tensor& query, const Tensor& support,
-                                            const Tensor& mask, const Tensor& query_norm, const Tensor& support_norm,
-                                            double eps, const std::string& eps_mode, bool need_query,
-                                            bool need_support) {
+                                    const Tensor& mask, const Tensor& query_norm, const Tensor& support_norm,
+                                    double eps, const std::string& eps_mode, bool need_query, bool need_support) {
   const ScalarType dtype = query.scalar_type(), accumulate = accumulate_dtype(dtype);
   const int64_t batch = query.size(0);
   STD_TORCH_CHECK(has_shape(query_norm, {batch, query.size(2), query.size(3)}) &&
@@ -451,10 +450,9 @@ std::tuple<Tensor, Tensor> backward(GradArgs a, int64_t pairs, const Tensor& que
   return {grad_query, grad_support};
 }
 
-std::tuple<Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor query, Tensor support, Tensor mask,
-                                                        Tensor index, Tensor query_norm, Tensor support_norm,
-                                                        std::vector<int64_t> windows, Text, double eps, Text eps_mode,
-                                                        bool need_query, bool need_support) {
+std::tuple<Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor query, Tensor support, Tensor mask, Tensor index,
+                                                Tensor query_norm, Tensor support_norm, std::vector<int64_t> windows,
+                                                Text, double eps, Text eps_mode, bool need_query, bool need_support) {
   check_inputs(query, support, mask, eps_mode);
   const std::vector<Window> list = check_windows(windows);
   const std::vector<int64_t> shape{support.size(0), int64_t(list.size()), query.size(2), query.size(3)};
@@ -469,10 +467,10 @@ std::tuple<Tensor, Tensor> dense_cosine_max_bwd(Tensor grad, Tensor query, Tenso
   return backward(a, pairs, query, support, mask, query_norm, support_norm, eps, eps_mode, need_query, need_support);
 }
 
-std::tuple<Tensor, Tensor> dense_cosine_match_bwd(Tensor grad_query_scores, Tensor grad_support_scores,
-                                                          Tensor query, Tensor support, Tensor mask, Tensor query_index,
-                                                          Tensor support_index, Tensor query_norm, Tensor support_norm,
-                                                          double eps, Text eps_mode, bool need_query, bool need_support) {
+std::tuple<Tensor, Tensor> dense_cosine_match_bwd(Tensor grad_query_scores, Tensor grad_support_scores, Tensor query,
+                                                  Tensor support, Tensor mask, Tensor query_index, Tensor support_index,
+                                                  Tensor query_norm, Tensor support_norm, double eps, Text eps_mode,
+                                                  bool need_query, bool need_support) {
   check_inputs(query, support, mask, eps_mode);
   const int64_t nq = query.size(2) * query.size(3), ns = support.size(2) * support.size(3);
   const Tensor grad = torch::stable::contiguous(grad_query_scores), index = torch::stable::contiguous(query_index);

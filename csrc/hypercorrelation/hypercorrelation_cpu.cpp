@@ -120,9 +120,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers q
 
 // Gradients to queries and supports; one that is not asked for comes back with 0 elements, and so does the mask's.
 std::tuple<Layers, Layers> hypercorrelation_bwd(Tensor grad, Layers queries, Layers supports, Tensor mask,
-                                                        Tensor query_norms, Tensor support_norms, Tensor weights,
-                                                        Tensor signs, double eps, Text eps_mode, bool clamp,
-                                                        std::vector<bool> need_queries, std::vector<bool> need_supports) {
+                                                Tensor query_norms, Tensor support_norms, Tensor weights, Tensor signs,
+                                                double eps, Text eps_mode, bool clamp, std::vector<bool> need_queries,
+                                                std::vector<bool> need_supports) {
   check_inputs(queries, supports, mask, eps_mode);
   const Tensor &query = queries[0], &support = supports[0];
   const ScalarType dtype = query.scalar_type(), accumulate = accumulate_dtype(dtype);
