@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +31,10 @@ STARTED = int(time.time())
 # Two kinds of process: the interpreter's tests run under TRITON_INTERPRET=1, everything else without it.
 collect_ignore = [] if _loading.TRITON_INTERPRETED else ["interpreted"]
 SPECS = list(testing.specs().values())
+# Inductor's cache does not know the schemas of ops: after a change it would run graphs that call the op as it was.
+SCHEMAS = "".join(f"{raw._schema}" for spec in SPECS for raw in (spec.op.fwd, spec.op.bwd))
+CACHE = f"fss_kernels-{os.getuid()}-{hashlib.sha256(SCHEMAS.encode()).hexdigest()[:12]}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), CACHE))
 SAMPLES = [(spec, sample) for spec in SPECS for sample in spec.samples()]
 SMALL = [(spec, s) for spec, s in SAMPLES if sum(t.numel() for t in s.tensors.values()) <= 4000]
 BACKENDS = [(spec, backend) for spec in SPECS for backend in testing.backends(spec.op)]
