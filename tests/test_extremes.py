@@ -107,12 +107,13 @@ def with_exponents(*cases):
 
 
 # The least exponents at which squares of integers are exact.
-SHORT = with_exponents((torch.float32, -74), (torch.bfloat16, -74), (torch.float16, -24), (torch.float64, -536))
+SHORT = (torch.float32, -74), (torch.bfloat16, -74), (torch.float16, -24), (torch.float64, -536)
 # Here squares underflow to 0 or overflow.
-BEYOND = with_exponents(
-    *((dtype, exponent) for dtype in (torch.float32, torch.bfloat16) for exponent in (-80, 80)),
-    *((torch.float64, exponent) for exponent in (-545, 545)),
-)
+BEYOND = [
+    (dtype, sign * exponent)
+    for dtype, exponent in ((torch.float32, 80), (torch.bfloat16, 80), (torch.float64, 545))
+    for sign in (-1, 1)
+]
 EPS_MODES = pytest.mark.parametrize("eps_mode", ["clamp", "add"])
 
 
@@ -155,7 +156,7 @@ def twice(function, leaves):
 
 
 @EPS_MODES
-@pytest.mark.parametrize("spec, backend, dtype, exponent", SHORT, ids=ids)
+@pytest.mark.parametrize("spec, backend, dtype, exponent", with_exponents(*SHORT), ids=ids)
 def test_short_vectors_without_eps(spec, backend, dtype, exponent, eps_mode):
     """A cosine does not change with the length of vectors, its derivatives are divided by it: nothing is flushed, and
     nothing overflows on the way."""
@@ -181,7 +182,7 @@ def test_short_vectors_without_eps(spec, backend, dtype, exponent, eps_mode):
 
 @EPS_MODES
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
-@pytest.mark.parametrize("spec, backend, dtype, exponent", BEYOND, ids=ids)
+@pytest.mark.parametrize("spec, backend, dtype, exponent", with_exponents(*BEYOND), ids=ids)
 def test_norms_beyond_their_dtype(spec, backend, dtype, exponent, eps, eps_mode):
     """Every other vector of each feature tensor in turn: with a squared norm that underflows it is a zero vector, with
     one that overflows as good as NaN, in every output and gradient."""

@@ -62,7 +62,17 @@ def build(op: str, directory: Path) -> Path:
 def ends(spec: testing.Spec, few: bool) -> list[str]:
     """The failures of the "cuda" backend in tests that are there for every one."""
     distant = [far for far in test_offsets.FAR if far[0] is spec]
+    norms = [
+        *((test_extremes.test_short_vectors_without_eps, spec, "cuda", *case) for case in test_extremes.SHORT),
+        *((test_extremes.test_norms_beyond_their_dtype, spec, "cuda", *case, 0.0) for case in test_extremes.BEYOND),
+    ]
     calls = [
+        *(
+            (*call, mode)
+            for call in norms
+            for mode in ("clamp", "add")
+            if test_extremes.normalises(spec) and call[3] in DTYPES
+        ),
         *((test_extremes.test_not_finite_where_the_reference_is_not, spec, "cuda", bad) for bad in test_extremes.BAD),
         *((test_extremes.test_float16_at_65504, spec, "cuda", layout) for layout in LAYOUTS[:2]),
         *((test_offsets.test_strides_past_2_31_of_every_op, *far) for far in distant[:: 4 if few else 1]),
