@@ -64,7 +64,10 @@ def sources(*ops: str) -> list[str]:
         needed |= new
         found += new
     others = sorted({p.parent.name for p in modules} - needed) if ops else []
-    return ["csrc", "fss_kernels", ":(exclude)*.md", *(f":(exclude){at}/{o}" for o in others for at in FOLDERS)]
+    only_tested = [
+        f":(exclude){name}" for name in ("*.md", "*_fuzz.cpp", "fss_kernels/ops/*/fuzz.py", "fss_kernels/ops/*/aot.py")
+    ]
+    return ["csrc", "fss_kernels", *only_tested, *(f":(exclude){at}/{o}" for o in others for at in FOLDERS)]
 
 
 def unchanged(commit: str, *paths: str) -> bool:

@@ -27,7 +27,7 @@ COMMON: dict[str, Any] = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.differing_executors],
 }
-settings.register_profile("few", max_examples=40, derandomize=True, **COMMON)
+settings.register_profile("few", max_examples=12, derandomize=True, **COMMON)
 settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "0")) or 20, **COMMON)
 settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "few")
 
