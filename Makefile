@@ -44,7 +44,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(PYTEST) -m "not slow"
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreted
-	set -e; isas=$$($(PY) -c "from fss_kernels import _library as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); \
+	set -e; isas=$$($(PY) -c "from fss_kernels import _loading as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); \
 	for isa in $$isas; do \
 	  case $$isa in avx512) chosen="dense_cosine and not reference";; *) chosen="not reference";; esac; \
 	  echo "== CPU kernels for $$isa: $$chosen"; \

@@ -116,7 +116,7 @@ class Rules:
         inputs = [t if read else stand_in(t) for t, read in zip(flat[:count], ctx.wanted.read, strict=True)]
         ctx.save_for_backward(*inputs, *results[outputs:])
         ctx.options = flat[count:]
-        ctx.shapes = [r.shape for r in results[:outputs]] if outputs > 1 else None
+        ctx.shapes = [(r.shape, r.dtype) for r in results[:outputs]] if outputs > 1 else None
         ctx.backend = None if torch.compiler.is_compiling() else _backends.forced()
         ctx.mark_non_differentiable(*results[outputs:])
         ctx.set_materialize_grads(False)
@@ -130,7 +130,8 @@ class Rules:
         if ctx.wanted.refused:  # never a silent zero
             raise RuntimeError(f"{self.op.name}: no gradient to {', '.join(ctx.wanted.refused)}: pass it detached")
         if ctx.shapes:
-            of_outputs = [given.new_zeros(s) if g is None else g for g, s in zip(of_outputs, ctx.shapes, strict=True)]
+            known = zip(of_outputs, ctx.shapes, strict=True)
+            of_outputs = [given.new_zeros(s, dtype=d) if g is None else g for g, (s, d) in known]
         flat = (*of_outputs, *ctx.saved_tensors, *ctx.options, *ctx.wanted.needs)
         run = self.Backward.apply if torch.is_grad_enabled() or _transformed() else self.backward
         # the autograd engine may run this in a thread that does not see the caller's use_backend

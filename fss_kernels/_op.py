@@ -29,7 +29,8 @@ class Op:
     The schema names every argument and result, tensors first: ``"name(Tensor x, Tensor[] kernels, bool merge) ->
     (Tensor out, Tensor taps)"``. Of it follow the backward's schema ``(grad_<output>, inputs, saved, options,
     need_<input>) -> (grad_<input>)``, one gradient per differentiable input and 0 elements where its flag is false, the
-    fakes of the gradients, the batching rules, and the derivatives of both torch ops.
+    fakes of the gradients, the batching rules, and the derivatives of both torch ops. An op has at least two
+    differentiable inputs, and saves something.
 
     Args:
         schema: of the forward op.
@@ -38,11 +39,11 @@ class Op:
         differentiable: inputs with a gradient; without one a mask only selects.
         reads: differentiable input -> the inputs whose values its gradient depends on; by default all.
         maps: feature maps among inputs and results: each is read and written contiguous or channels_last. The first
-            decides the backend, and the format of the results. Other results are contiguous.
+            input is one: it decides the backend, and the format of results that are maps. Other results are contiguous.
         fake: ``fake(call)`` gives the results without data.
         formula: ``formula(call)`` gives the differentiable outputs in plain PyTorch, from the inputs, what is saved and
             the options; its vector-Jacobian product, differentiated, is the backward of the backward.
-        batch_dims: dimension of the batch in inputs and results where it is not the first.
+        batch_dims: dimension of the batch in saved results where it is not the first.
         vmap_forward, vmap_backward: batching rules of ops that do better than to fold the mapped dimension into the
             batch (`_batching`).
         folder: under ops/, where it is not the op's name.
@@ -75,9 +76,8 @@ class Op:
         self.returned = tuple(n for n in self.results if n in self.outputs or n in returned)
         self.lists = tuple(n for n in self.inputs if types[n] == "List[Tensor]")
         self._list_positions = [self.inputs.index(n) for n in self.lists]
-        if arguments != [*self.inputs, *self.options] or self.results != (*self.outputs, *self.saved):
-            raise ValueError(f"{self.name}: the schema must have tensors before options, outputs before what is saved")
         self.batch_dims = dict(batch_dims or {})
+        self._check(arguments, returned, reads or {})
         self._reads = {n: frozenset((reads or {}).get(n, self.inputs)) for n in self.differentiable}
         self.backends: dict[str, Backend] = {}
 
@@ -94,6 +94,26 @@ class Op:
         self._fake = fake
         self._register(vmap_forward, vmap_backward)
         ops[self.name] = self
+
+    def _check(self, arguments: Sequence[str], returned: Sequence[str], reads: Mapping[str, Sequence[str]]) -> None:
+        """Refuses what would be misread: results and gradients rely on these orders, and on names of the schema."""
+        tensors, read = {*self.inputs}, {name for names in reads.values() for name in names}
+        rules = {
+            "the schema must have tensors before options": [*arguments] == [*self.inputs, *self.options],
+            "the schema must have outputs before saved results, in the order of saved": self.results
+            == (*self.outputs, *self.saved),
+            "returned must be the first of saved": tuple(returned) == self.saved[: len(returned)],
+            "differentiable must be inputs in their order, two at least": len(self.differentiable) > 1
+            and self.differentiable == tuple(n for n in self.inputs if n in self.differentiable),
+            "saved must hold a result": len(self.saved) > 0,
+            "reads must map differentiable inputs to inputs": {*reads} <= {*self.differentiable} and read <= tensors,
+            "maps must be tensors, the first input among them": {*self.maps} <= tensors | {*self.results}
+            and self.inputs[0] in self.maps,
+            "batch_dims must be of saved results": {*self.batch_dims} <= {*self.saved},
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                raise ValueError(f"{self.name}: {rule}")
 
     def _backward_schema(self, types: Mapping[str, str]) -> str:
         written = {"List[Tensor]": "Tensor[]", "List[int]": "int[]", "List[float]": "float[]"}
@@ -246,4 +266,5 @@ class Op:
 
 
 def _written(empty: Tensor, values: Tensor) -> Tensor:
+    assert empty.shape == values.shape
     return values if values.stride() == empty.stride() else empty.copy_(values)

@@ -16,7 +16,7 @@ from fss_models.losses import IGNORE
 
 
 def default_stages(backbone: nn.Module, stages: bool | tuple[int, ...]) -> bool | tuple[int, ...]:
-    """What trains of a backbone when nothing is said: ``stages`` of a pretrained kind, all of any other module."""
+    """The stages of a backbone that train by default: ``stages`` of a pretrained kind, all of any other module."""
     return stages if isinstance(backbone, Backbone) and not isinstance(backbone, Tiny) else True
 
 

@@ -49,10 +49,11 @@ def test_options_are_spelled_alike(capsys):
         helps[name] = capsys.readouterr().out
         for parameter in inspect.signature(function).parameters.values():
             option = f"--{parameter.name.replace('_', '-')}"
-            positional = parameter.name in ("files", "file", "before", "after")
+            positional = parameter.name in ("files", "kind", "file", "before", "after")
             assert (option in helps[name]) is not positional, (name, option)
             assert inspect.getdoc(function).count(f"\n    {parameter.name}: ") == 1, (name, parameter.name)
-    assert set(helps) == {"run", "check", "compare", "plot", "report", "readme", "overhead", "gate", "networks", "gpu"}
+    assert set(helps) == {"run", "check", "compare", "plot", "report", "readme", "overhead", "gate", "networks", "gpu",
+                          "record"}  # fmt: skip
     assert not re.search(r"--\w+_", "".join(helps.values()))
 
 

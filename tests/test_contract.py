@@ -1,5 +1,6 @@
 """What the README promises of every op: exact errors, empties, dtypes of masks, backends, the public signature."""
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from conftest import SPECS, ids
 
 import fss_kernels
-from fss_kernels import _backends, _loading, testing
+from fss_kernels import _backends, _loading, _op, testing
 
 BAD = [pytest.param(spec, bad, id=f"{spec.name}-{bad.id}") for spec in SPECS for bad in spec.bad_inputs()]
 
@@ -114,3 +115,47 @@ def test_tests_do_not_need_the_benchmarks():
     files = [p for p in folder.rglob("*.py") if not any(map(p.match, about)) and "mutants" not in p.parts]
     importing = re.compile(r"^\s*(from|import) benchmarks\b", re.MULTILINE)
     assert len(files) > 40 and not [p.name for p in files if importing.search(p.read_text())]
+
+
+DECLARED = {"saved": ("s",), "differentiable": ("x", "w"), "maps": ("x",), "fake": None, "formula": None}
+
+
+@pytest.mark.parametrize(
+    "schema, changed, message",
+    [
+        ("(Tensor x, float eps, Tensor w) -> (Tensor out, Tensor s)", {}, "tensors before options"),
+        ("(Tensor x, Tensor w) -> (Tensor s, Tensor out)", {}, "outputs before saved results"),
+        ("(Tensor x, Tensor w) -> (Tensor out, Tensor s)", {"differentiable": ("w", "x")}, "inputs in their order"),
+        ("(Tensor x, Tensor w) -> (Tensor out, Tensor s)", {"differentiable": ("x",)}, "two at least"),
+        ("(Tensor x, Tensor w) -> (Tensor out)", {"saved": ()}, "saved must hold a result"),
+        ("(Tensor x, Tensor w) -> (Tensor out, Tensor s)", {"returned": ("t",)}, "the first of saved"),
+        ("(Tensor x, Tensor w) -> (Tensor out, Tensor s)", {"reads": {"x": ("s",)}}, "reads must map"),
+        ("(Tensor x, Tensor w) -> (Tensor out, Tensor s)", {"maps": ("w",)}, "the first input among them"),
+        ("(Tensor x, Tensor w) -> (Tensor out, Tensor s)", {"batch_dims": {"w": 1}}, "batch_dims must be of saved"),
+    ],
+)
+def test_a_declaration_that_would_be_misread_is_refused(schema, changed, message):
+    with pytest.raises(ValueError, match=f"not_declared: .*{message}"):
+        _op.Op(f"not_declared{schema}", **DECLARED | changed)
+    assert "not_declared" not in _op.ops
+
+
+@pytest.mark.parametrize("name", ["Makefile", ".ci/run"])
+def test_what_commands_import_exists(name):
+    text = (Path(__file__).parents[1] / name).read_text()
+    for package, module in re.findall(r"from (fss_kernels|fss_models|benchmarks) import (\w+)", text):
+        assert importlib.util.find_spec(f"{package}.{module}"), module
+    for module in re.findall(r"-m ((?:fss_kernels|fss_models|benchmarks)[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if set(s.op.inputs) - set(s.op.differentiable)], ids=ids)
+def test_a_gradient_that_an_input_does_not_have_is_refused(spec):
+    """The raw op raises where a gradient to the mask is asked for, instead of a silent zero."""
+    sample = next(s for s in spec.samples() if not s.large)
+    call = spec.op.forward_call.Call(*spec.arguments(*spec.cast(sample, torch.float32).values(), **sample.options))
+    (name,) = set(spec.op.inputs) - set(spec.op.differentiable)
+    mask = getattr(call, name).float().requires_grad_()
+    outputs = spec.op.fwd(*call._replace(**{name: mask}))
+    with pytest.raises(RuntimeError, match=f"{spec.name}: no gradient to {name}: pass it detached"):
+        outputs[0].sum().backward()

@@ -60,7 +60,7 @@ inline ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// (B, C, H, W) stored with channels innermost. The rule of fss_kernels._library.is_channels_last.
+// (B, C, H, W) stored with channels innermost. The rule of fss_kernels._layout.is_channels_last.
 inline bool is_channels_last(const Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1; }
 
 // The H*W pixels of a plane (or of a channel, channels_last) are `step` apart, row after row.
