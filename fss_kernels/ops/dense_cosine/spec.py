@@ -332,8 +332,8 @@ _COMMON: dict[str, Any] = {
     "counted": ("support", "mask"),
     "indexed": True,
     "units": {"grid": "pixels a side", "batch": "samples", "shots": "images", "foreground": "fraction"},
-    "computes": "best cosine of every query pixel with the masked support and where it is, for pixels or windows; both "
-    "directions at once",
+    "computes": "largest cosine of every query pixel with the masked support, and its position, for pixels or windows; "
+    "`match` gives both directions",
     "replaces": "PFENet's prior, DPCN's support activation, the cycle test of DPNet and CyCTR",
 }
 SPECS = {

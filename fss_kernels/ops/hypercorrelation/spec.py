@@ -286,8 +286,8 @@ SPEC = Spec(
         "foreground": (0.02, 0.1, 0.2, 0.6, 1.0),
     },
     units={"grid": "pixels a side", "batch": "samples", "foreground": "fraction"},
-    computes="cosine of every query with every support pixel, masked, clamped, kept; all layers straight into one "
-    "tensor a level",
+    computes="cosine of every query pixel with every support pixel, with mask and clamp; all layers of a level are "
+    "written into one tensor",
     replaces="HSNet's and VAT's correlation",
     benchmark_sample=_benchmark_sample,
     cost=_cost,
