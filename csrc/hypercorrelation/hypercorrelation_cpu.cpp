@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hypercorrelation_fwd(Layers q
   return {out, query_norms, support_norms, weights, signs};
 }
 
-// Gradients to queries and supports; one that is not asked for comes back with 0 elements, and so does the mask's.
+// Gradients to queries and supports; one that is not asked for comes back with 0 elements.
 std::tuple<Layers, Layers> hypercorrelation_bwd(Tensor grad, Layers queries, Layers supports, Tensor mask,
                                                 Tensor query_norms, Tensor support_norms, Tensor weights, Tensor signs,
                                                 double eps, Text eps_mode, bool clamp, std::vector<bool> need_queries,
