@@ -270,7 +270,7 @@ def test_the_table_of_ops():
     pyramid, match, pool = (next(line for line in lines if f"`{name}`" in line) for name in
                             ("hypercorrelation_pyramid", "dense_cosine_match", "masked_avg_pool"))  # fmt: skip
     names = "[`hypercorrelation`, `hypercorrelation_pyramid`](fss_kernels/ops/hypercorrelation/README.md)"
-    assert pyramid.startswith(f"| {names} | cosine of every query with every support pixel")
+    assert pyramid.startswith(f"| {names} | cosine of every query pixel with every support pixel")
     assert match.startswith("| [`dense_cosine_max`, `dense_cosine_match`](") and match.endswith("| none |")
     assert pool.endswith("| ✓ | ✓ default on CPU | compiled, run in the interpreter | compiled, never run |")
     assert all(spec.computes and spec.replaces for spec in testing.specs().values())
