@@ -1,4 +1,4 @@
-# Verbs: demo, test, test-slow, fuzz, sanitize, bench, gate, readme, mutants, lint, dist, dist-check,
+# Verbs: demo, test, test-slow, interpret, fuzz, sanitize, bench, gate, readme, mutants, lint, dist, dist-check,
 # emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' ! -name '*_fuzz.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES += setup.py pyproject.toml
 
-.PHONY: demo test test-slow fuzz sanitize bench gate readme mutants lint dist dist-check emulate-cuda gpu \
+.PHONY: demo test test-slow interpret fuzz sanitize bench gate readme mutants lint dist dist-check emulate-cuda gpu \
   gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
@@ -42,8 +42,8 @@ demo: .venv/installed
 # The fast part. Separate processes: the CPU's instruction set and a missing library are decided when a process starts.
 # AVX-512 with and without bfloat16 products differ in dense_cosine only.
 test: .venv/installed
-	$(PYTEST) -m "not slow"
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreted
+	$(PYTEST) -m "not slow and not long"
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow and not long" tests/interpreted
 	set -e; isas=$$($(PY) -c "from fss_kernels import _loading as l; print(*set(l.supported_isas()) - {l.cpu_isa()})"); \
 	for isa in $$isas; do \
 	  case $$isa in avx512) chosen="dense_cosine and not reference";; *) chosen="not reference";; esac; \
@@ -55,7 +55,11 @@ test: .venv/installed
 # on a CPU, thousands of calls that must leave nothing behind, the interpreter on larger samples and every layout.
 test-slow: .venv/installed
 	$(PYTEST) -m slow
-	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted tests/test_extremes.py
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted
+
+# What the interpreter takes a quarter of an hour for: after a change of a Triton kernel.
+interpret: .venv/installed
+	TRITON_INTERPRET=1 $(PYTEST) -m long tests/interpreted tests/test_extremes.py
 
 # make fuzz|sanitize|dist-check RECORD=1 adds the outcome, good or bad, to the committed results.
 recorded = $(if $(RECORD),code=$$?; $(PY) -m benchmarks record $(1) $(2) && exit $$code)

@@ -12,9 +12,9 @@ import fss_kernels
 from fss_kernels import testing
 
 # Triton only in a process of the interpreter, which takes minutes
-EACH = [pytest.param(s, b, marks=pytest.mark.slow if b == "triton" else ()) for s, b in BACKENDS]
-SLOW = [pytest.param("triton", marks=pytest.mark.slow)] if "triton" in {b for _, b in BACKENDS} else []
-BY_NAME = ["reference", "cpp", *SLOW]
+EACH = [pytest.param(s, b, marks=pytest.mark.long if b == "triton" else ()) for s, b in BACKENDS]
+LONG = [pytest.param("triton", marks=pytest.mark.long)] if "triton" in {b for _, b in BACKENDS} else []
+BY_NAME = ["reference", "cpp", *LONG]
 BAD = [float("nan"), float("inf"), float("-inf"), 1e30]
 LARGEST = 65504.0
 OVERFLOW = 65520.0  # rounds to infinity

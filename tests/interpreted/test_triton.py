@@ -1,4 +1,5 @@
-"""The Triton kernels in the interpreter: TRITON_INTERPRET=1 was set when the process started (make test, test-slow)."""
+"""The Triton kernels in the interpreter: TRITON_INTERPRET=1 was set when the process started (make test, test-slow and
+interpret)."""
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def layouts(dtype, index, sample):
 
 
 def speed(dtype, index, layout, sample):
-    """Fast are small samples, float32 in one layout, in turn."""
+    """Fast are small samples, float32 in one layout, in turn. The largest are for `make interpret`."""
+    if elements(sample) > 5000:
+        return pytest.mark.long
     in_turn = dtype == torch.float16 or layout == LAYOUTS[index % len(LAYOUTS)]
     return () if in_turn and elements(sample) <= 640 else pytest.mark.slow
 
