@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | check | compare | plot | report | readme | overhead | gate | networks | gpu``."""
+"""The command line: ``python -m benchmarks COMMAND``, one of the functions below."""
 
 from __future__ import annotations
 
@@ -446,6 +446,8 @@ def _ignored(name: str, chosen: dict[str, Any], given: set[str]) -> str:
         takes, why = {"device", "out", "resume"}, "--device cuda"
     elif name == "compare" and Path(chosen["before"]).is_file() and Path(chosen["after"]).is_file():
         takes, why = {"before", "after", "threshold"}, "a comparison of two result files"
+    elif name == "gate" and chosen["update"]:
+        takes, why = given - {"slowed"}, "--update, which writes a baseline of the ops as they are,"
     options = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(given - takes))
     return f"{name}: {why} ignores {options}" if options else ""
 

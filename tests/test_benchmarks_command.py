@@ -102,6 +102,14 @@ def test_two_files_need_no_measurement(tmp_path, monkeypatch, capsys):
     assert (chosen.ops, chosen.sizes, chosen.rounds) == ([*OPS[:2]], ["S"], 2)
 
 
+def test_a_slowed_gate_writes_no_baseline(capsys):
+    """Nor does --update judge: the two have nothing to do with each other."""
+    said = refusal(["gate", "--slowed", "2", "--update"], capsys)
+    assert "gate: --update, which writes a baseline of the ops as they are, ignores --slowed\n" in said
+    assert not command._ignored("gate", {"update": True}, {"update", "ops", "repeat"})
+    assert not command._ignored("gate", {"update": False}, {"slowed", "ops", "repeat"})
+
+
 def test_a_revision_from_before_these_files_is_refused(monkeypatch):
     """No build is tried: its program writes JSON."""
     if not environment.output("git", "rev-parse", "--verify", "--quiet", "6e3e291cc2cf^{commit}"):
