@@ -1,4 +1,4 @@
-# Verbs: demo, test, test-slow, interpret, fuzz, sanitize, bench, gate, readme, mutants, lint, dist, dist-check,
+# Verbs: demo, test, test-slow, test-long, fuzz, sanitize, bench, gate, readme, mutants, lint, dist, dist-check,
 # emulate-cuda, gpu, gpu-wheels. Everything lives in .venv; nothing is installed elsewhere.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' ! -name '*_fuzz.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES += setup.py pyproject.toml
 
-.PHONY: demo test test-slow interpret fuzz sanitize bench gate readme mutants lint dist dist-check emulate-cuda gpu \
+.PHONY: demo test test-slow test-long fuzz sanitize bench gate readme mutants lint dist dist-check emulate-cuda gpu \
   gpu-wheels clean
 
 .venv/requirements: pyproject.toml constraints.txt
@@ -51,14 +51,16 @@ test: .venv/installed
 	  FSS_KERNELS_CPU_ISA=$$isa $(PYTEST) tests/test_numerics.py tests/ops -k "$$chosen"; \
 	done
 
-# The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, CUDA kernels
-# on a CPU, thousands of calls that must leave nothing behind, the interpreter on larger samples and every layout.
+# The rest: builds and installations, nvcc and Triton for other devices, the GPU check's dry run, sanitizers, thousands of
+# calls that must leave nothing behind, the interpreter on larger samples.
 test-slow: .venv/installed
-	$(PYTEST) -m slow
-	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreted
+	$(PYTEST) -m "slow and not long"
+	TRITON_INTERPRET=1 $(PYTEST) -m "slow and not long" tests/interpreted
 
-# What the interpreter takes a quarter of an hour for: after a change of a Triton kernel.
-interpret: .venv/installed
+# What takes longer than all of the above, after a change of a kernel or of the ops' registration: CUDA kernels on a CPU,
+# Triton for more targets, the interpreter on the largest samples, every layout and the ends of the dtypes.
+test-long: .venv/installed
+	$(PYTEST) -m long
 	TRITON_INTERPRET=1 $(PYTEST) -m long tests/interpreted tests/test_extremes.py
 
 # make fuzz|sanitize|dist-check RECORD=1 adds the outcome, good or bad, to the committed results.

@@ -46,6 +46,7 @@ def test_every_core_is_fuzzed():
     assert cores and not missing, f"no random cases of a core for `make sanitize`: {missing}"
 
 
+@pytest.mark.long  # minutes an op; `make emulate-cuda` does the same for every sample
 @pytest.mark.parametrize("op", emulate_cuda.OPS)
 def test_cuda_kernels_on_a_cpu(op):
     """Values, unwritten results, races; a barrier that threads have left or a misaligned access ends the process."""

@@ -15,9 +15,9 @@ TRACED = ("contiguous", "channels_last_sliced")  # where backward is traced, its
 EMPTY = ("contiguous", "channels_last", "permuted")  # opcheck cannot copy a sliced one
 
 
-def layouts(names, slow):
-    """Cases of which some are slow."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+def layouts(names, long):
+    """Cases of which some are for `make test-long`."""
+    return [pytest.param(name, marks=pytest.mark.long if name in long else ()) for name in names]
 
 
 def raw_arguments(spec, sample, dtype, layout, requires_grad):

@@ -121,7 +121,9 @@ def over(target_name: str, table: dict[str, dict[str, int]]) -> dict[str, dict[s
     return {name: r for name, r in table.items() if r["spills"] or r["shared"] > SHARED[target_name]}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=() if t in ("sm_90", "gfx942") else pytest.mark.long) for t in TARGETS]
+)
 def test_compiles_within_the_limits(target):
     chosen = None if target == "sm_90" else first_and_last()
     table = compile_all(target, chosen)

@@ -1,5 +1,5 @@
 """The Triton kernels in the interpreter: TRITON_INTERPRET=1 was set when the process started (make test, test-slow and
-interpret)."""
+test-long)."""
 
 import pytest
 import torch
@@ -25,11 +25,11 @@ def layouts(dtype, index, sample):
 
 
 def speed(dtype, index, layout, sample):
-    """Fast are small samples, float32 in one layout, in turn. The largest are for `make interpret`."""
-    if elements(sample) > 5000:
+    """Fast are small samples, float32 in one layout, in turn. Larger ones are slow in that layout, long in others."""
+    in_turn, small = dtype == torch.float16 or layout == LAYOUTS[index % len(LAYOUTS)], elements(sample) <= 640
+    if elements(sample) > 5000 or not (small or in_turn):
         return pytest.mark.long
-    in_turn = dtype == torch.float16 or layout == LAYOUTS[index % len(LAYOUTS)]
-    return () if in_turn and elements(sample) <= 640 else pytest.mark.slow
+    return () if in_turn and small else pytest.mark.slow
 
 
 CASES = [
