@@ -93,7 +93,7 @@ def catch(fault: Fault, copy: Path, likely: Sequence[str] = ()) -> str | None:
         if fault.file.startswith("csrc/") and only != EMULATED:
             build(copy)
         others = {f.op for f in ALL} - {fault.op}
-        interpreted = [INTERPRETED, "-k", f"not ({' or '.join(sorted(others))})"]
+        interpreted = [*every(INTERPRETED), "-k", f"not ({' or '.join(sorted(others))})"]
         calls = [{INTERPRETED: interpreted, EMULATED: [f"{EMULATED}[{fault.op}]"], "": suites({fault.op})[0]}[only]]
         own = Path("tests", "models", f"test_{Path(fault.file).name}")
         if fault.op == NETWORKS and (copy / own).is_file():
@@ -109,6 +109,11 @@ def catch(fault: Fault, copy: Path, likely: Sequence[str] = ()) -> str | None:
 def only_tests(fault: Fault) -> str:
     """The tests that alone run the faulty code, "" for faults in what the others run."""
     return INTERPRETED if "triton" in fault.file else EMULATED if fault.file.endswith((".cu", ".cuh")) else ""
+
+
+def every(only: str) -> list[str]:
+    """All of these tests; of the interpreter's those that run on every change."""
+    return [only, "-m", "not long"] if only == INTERPRETED else [only]
 
 
 def suites(ops: set[str]) -> list[list[str]]:
@@ -216,8 +221,10 @@ def main(names: list[str]) -> int:
         if not score.tests_pass:
             failed = next((f for suite in suites(ops) if (f := failure(copy, suite, processes=workers))), None)
         for only in sorted({only_tests(fault) for fault in left} - {""}):
-            if not score.tests_pass and failed is None:
-                failed = failure(copy, [only], processes=workers)
+            tried = sorted({test for fault in left if only_tests(fault) == only for test in score.likely(fault)})
+            for call in (every(only), tried):
+                if call and not score.tests_pass and failed is None:
+                    failed = failure(copy, call, processes=workers)
         if failed is not None:
             print(f"mutants: the tests fail without any fault: {failed}")
             return 1
